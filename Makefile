@@ -1,0 +1,56 @@
+# The only entry point: CI calls these targets too. A fresh machine needs Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+FIXTURES ?= tests/fixtures
+STAMP := $(VENV)/.installed
+
+.PHONY: help install check format test test-full demo serve bench parity shapes-weights k8s-check clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml trainer_client/pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]' --editable ./trainer_client
+	@touch $@
+
+install: $(STAMP)  ## create .venv with everything
+
+check: $(STAMP)  ## ruff and strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff format and mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(STAMP)  ## the tests (minutes); GPU, Docker and long ones are skipped with a reason
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not docker" $(ARGS)
+
+test-full: $(STAMP)  ## all tests that this machine can run
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(STAMP)  ## score and compare real pictures over HTTP; leaves demo/report.html
+	$(BIN)/python -m benchmarks.demo
+
+serve: $(STAMP)  ## start the service with the embedded models (PORT=8000)
+	$(BIN)/reward-service serve --port $(PORT)
+
+bench: $(STAMP)  ## throughput over the offline limit, overload, exactness: ratios in one run
+	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+parity: $(STAMP)  ## put a folder of oracle numbers through the product (FIXTURES=DIR)
+	$(BIN)/python -m models.parity $(FIXTURES)
+
+shapes-weights: $(STAMP)  ## train shapes-clip again (deterministic, under 45 minutes on 2 cores)
+	$(BIN)/python -m models.shapes.train_clip
+
+k8s-check: $(STAMP)  ## render every overlay and validate it against the Kubernetes schemas
+	$(BIN)/python k8s/check.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

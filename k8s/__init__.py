@@ -1,0 +1,1 @@
+"""The Kubernetes manifests and their check (``python -m k8s.check``)."""

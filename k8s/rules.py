@@ -1,0 +1,334 @@
+"""What a schema cannot say of the manifests: rules over one rendered set, each yielding what is wrong as sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+Document = dict[str, Any]
+
+PROBE_ROUTES = {
+    "startupProbe": "/health/ready",  # loading and warm-up count
+    "readinessProbe": "/health/ready",  # runs the models
+    "livenessProbe": "/health/live",  # must not: a busy model is not a dead process
+}
+WRITABLE = ("/tmp", "/var/cache/reward-service", "/var/lib/reward-service")
+MIN_STARTUP_S = 300
+"""Weights are loaded and models warmed up before the service is ready."""
+
+
+@dataclass(frozen=True)
+class Manifests:
+    """One rendered kustomization."""
+
+    documents: list[Document]
+
+    def of_kind(self, kind: str) -> list[Document]:
+        return [document for document in self.documents if document["kind"] == kind]
+
+    def has(self, kind: str, name: str) -> bool:
+        return any(document["metadata"]["name"] == name for document in self.of_kind(kind))
+
+    def autoscaler(self, deployment: Document) -> Document | None:
+        for autoscaler in self.of_kind("HorizontalPodAutoscaler"):
+            target = autoscaler["spec"]["scaleTargetRef"]
+            if (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"]):
+                return autoscaler
+        return None
+
+    def replicas(self, deployment: Document) -> int:
+        """The least number of replicas that a deployment may have."""
+        autoscaler = self.autoscaler(deployment)
+        spec = autoscaler["spec"].get("minReplicas", 1) if autoscaler else deployment["spec"].get("replicas", 1)
+        return int(spec)
+
+
+def name_of(document: Document) -> str:
+    return f"{document['kind']} {document['metadata']['name']}"
+
+
+def pod_of(deployment: Document) -> Document:
+    pod: Document = deployment["spec"]["template"]["spec"]
+    return pod
+
+
+def labels_of(deployment: Document) -> dict[str, str]:
+    labels: dict[str, str] = deployment["spec"]["template"]["metadata"].get("labels", {})
+    return labels
+
+
+def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether a label selector (matchLabels and In/Exists expressions) takes a pod with ``labels``."""
+    if any(labels.get(key) != value for key, value in selector.get("matchLabels", {}).items()):
+        return False
+    for expression in selector.get("matchExpressions", []):
+        key, operator = expression["key"], expression["operator"]
+        if operator == "In" and labels.get(key) not in expression["values"]:
+            return False
+        if operator == "Exists" and key not in labels:
+            return False
+        if operator not in ("In", "Exists"):
+            raise ValueError(f"selector operator {operator} is not known to this check")
+    return True
+
+
+def environment(container: Document) -> dict[str, str]:
+    """The literal environment variables of a container."""
+    return {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
+
+
+def scaled(value: int | str, replicas: int) -> int:
+    """A PodDisruptionBudget's number or percentage, of ``replicas``; Kubernetes rounds percentages up."""
+    if isinstance(value, str):
+        return math.ceil(int(value.removesuffix("%")) * replicas / 100)
+    return value
+
+
+def check_selectors(manifests: Manifests) -> Iterator[str]:
+    deployments = manifests.of_kind("Deployment")
+    if not deployments:
+        yield "there is no Deployment"
+    pods = [labels_of(deployment) for deployment in deployments]
+    for deployment in deployments:
+        if not selects(deployment["spec"]["selector"], labels_of(deployment)):
+            yield f"{name_of(deployment)}: its selector does not match its own pods"
+    for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor"):
+        documents = manifests.of_kind(kind)
+        if not documents and kind != "PodMonitor":
+            yield f"there is no {kind}"
+        for document in documents:
+            spec = document["spec"]
+            selector = {"matchLabels": spec["selector"]} if kind == "Service" else spec.get("selector")
+            selector = spec["podSelector"] if kind == "NetworkPolicy" else selector
+            if not any(selects(selector, labels) for labels in pods):
+                yield f"{name_of(document)}: its selector matches no pod"
+
+
+def check_ports(manifests: Manifests) -> Iterator[str]:
+    for deployment in manifests.of_kind("Deployment"):
+        container = pod_of(deployment)["containers"][0]
+        ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
+        known = {*ports, *ports.values()}
+        if int(environment(container).get("REWARD_PORT", 8000)) not in ports.values():
+            yield f"{name_of(deployment)}: REWARD_PORT is none of the container's ports {sorted(ports.values())}"
+        for service in manifests.of_kind("Service"):
+            for port in service["spec"]["ports"]:
+                if port.get("targetPort", port["port"]) not in known:
+                    yield f"{name_of(service)}: targetPort {port.get('targetPort')} is no port of the container"
+        for monitor in manifests.of_kind("PodMonitor"):
+            for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+                if endpoint["port"] not in ports or endpoint["path"] != "/metrics":
+                    yield f"{name_of(monitor)}: does not scrape /metrics on a port of the container"
+        for probe in PROBE_ROUTES:
+            port = container.get(probe, {}).get("httpGet", {}).get("port")
+            if probe in container and port not in known:
+                yield f"{name_of(deployment)}: {probe} asks port {port}, which the container does not have"
+
+
+def check_probes(manifests: Manifests) -> Iterator[str]:
+    for deployment in manifests.of_kind("Deployment"):
+        container = pod_of(deployment)["containers"][0]
+        for name, route in PROBE_ROUTES.items():
+            path = container.get(name, {}).get("httpGet", {}).get("path")
+            if path != route:
+                yield f"{name_of(deployment)}: {name} asks {path}, not {route}"
+        startup = container.get("startupProbe", {})
+        budget_s = startup.get("periodSeconds", 10) * startup.get("failureThreshold", 3)
+        if budget_s < MIN_STARTUP_S:
+            yield f"{name_of(deployment)}: the startup probe gives {budget_s} s; {MIN_STARTUP_S} s are needed"
+        ends_s = deployment["spec"].get("progressDeadlineSeconds", 600)
+        if ends_s <= budget_s:
+            yield f"{name_of(deployment)}: progressDeadlineSeconds {ends_s} is within the startup budget {budget_s} s"
+
+
+def check_drain(manifests: Manifests) -> Iterator[str]:
+    for deployment in manifests.of_kind("Deployment"):
+        pod = pod_of(deployment)
+        container = pod["containers"][0]
+        wait_s = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        if wait_s < 1:
+            yield f"{name_of(deployment)}: no preStop sleep; requests would still arrive while it drains"
+        drain = settings_of(manifests, deployment).get("drain", {})
+        env = environment(container)
+        if "max_s" not in drain and "REWARD_DRAIN__MAX_S" not in env:
+            yield f"{name_of(deployment)}: the settings do not say drain.max_s"
+            continue
+        min_s = float(env.get("REWARD_DRAIN__MIN_S", drain.get("min_s", 0)))
+        max_s = float(env.get("REWARD_DRAIN__MAX_S", drain.get("max_s", 0)))
+        # The queue empties within max_s; then open connections get as long again to take their answers.
+        needed_s = wait_s + max(min_s, max_s) + max_s + 1
+        grace_s = pod.get("terminationGracePeriodSeconds", 30)
+        if grace_s <= needed_s:
+            yield (
+                f"{name_of(deployment)}: terminationGracePeriodSeconds {grace_s} is not more than {needed_s:g} s "
+                f"(preStop {wait_s} s, drain {max(min_s, max_s):g} s, answers {max_s:g} s)"
+            )
+
+
+def settings_of(manifests: Manifests, deployment: Document) -> dict[str, Any]:
+    """The settings file that REWARD_CONFIG of a deployment names, from its ConfigMap; {} where there is none."""
+    pod = pod_of(deployment)
+    container = pod["containers"][0]
+    path = PurePosixPath(environment(container).get("REWARD_CONFIG", ""))
+    volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+    for mount in container.get("volumeMounts", []):
+        config_map = volumes.get(mount["name"], {}).get("configMap", {}).get("name")
+        if PurePosixPath(mount["mountPath"]) == path.parent:
+            for document in manifests.of_kind("ConfigMap"):
+                if document["metadata"]["name"] == config_map and path.name in document["data"]:
+                    return yaml.safe_load(document["data"][path.name]) or {}
+    return {}
+
+
+def check_references(manifests: Manifests) -> Iterator[str]:
+    for deployment in manifests.of_kind("Deployment"):
+        pod = pod_of(deployment)
+        container = pod["containers"][0]
+        if not manifests.has("ServiceAccount", pod.get("serviceAccountName", "default")):
+            yield f"{name_of(deployment)}: its ServiceAccount is not among the manifests"
+        if not settings_of(manifests, deployment):
+            yield f"{name_of(deployment)}: REWARD_CONFIG names no file of a mounted ConfigMap"
+        volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        for volume in volumes.values():
+            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+            if claim is not None and not manifests.has("PersistentVolumeClaim", claim):
+                yield f"{name_of(deployment)}: PersistentVolumeClaim {claim} is not among the manifests"
+        mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", [])}
+        for mount in mounts.values():
+            if mount["name"] not in volumes:
+                yield f"{name_of(deployment)}: mounts volume {mount['name']}, which the pod does not have"
+        for path in WRITABLE:
+            if path not in mounts or mounts[path].get("readOnly"):
+                yield f"{name_of(deployment)}: nothing writable is mounted at {path}"
+        keys_file = environment(container).get("REWARD_API_KEYS_FILE")
+        if keys_file is not None and str(PurePosixPath(keys_file).parent) not in mounts:
+            yield f"{name_of(deployment)}: REWARD_API_KEYS_FILE {keys_file} lies in no mounted volume"
+
+
+def check_security(manifests: Manifests) -> Iterator[str]:
+    for account in manifests.of_kind("ServiceAccount"):
+        if account.get("automountServiceAccountToken") is not False:
+            yield f"{name_of(account)}: mounts its token"
+    for deployment in manifests.of_kind("Deployment"):
+        pod = pod_of(deployment)
+        context = pod.get("securityContext", {})
+        required = {
+            "runAsNonRoot": context.get("runAsNonRoot") is True,
+            "runAsUser other than 0": context.get("runAsUser", 0) > 0,
+            "seccompProfile RuntimeDefault": context.get("seccompProfile", {}).get("type") == "RuntimeDefault",
+            "automountServiceAccountToken: false": pod.get("automountServiceAccountToken") is False,
+            "enableServiceLinks: false": pod.get("enableServiceLinks") is False,
+            "no host namespace": not any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")),
+            "no hostPath volume": not any("hostPath" in volume for volume in pod.get("volumes", [])),
+        }
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            own = container.get("securityContext", {})
+            capabilities = own.get("capabilities", {})
+            required |= {
+                f"readOnlyRootFilesystem in {container['name']}": own.get("readOnlyRootFilesystem") is True,
+                f"allowPrivilegeEscalation: false in {container['name']}": own.get("allowPrivilegeEscalation") is False,
+                f"not privileged in {container['name']}": not own.get("privileged"),
+                f"capabilities: drop ALL in {container['name']}": capabilities.get("drop") == ["ALL"],
+                f"no added capability in {container['name']}": not capabilities.get("add"),
+            }
+        yield from (f"{name_of(deployment)}: wants {what}" for what, kept in required.items() if not kept)
+
+
+def check_images(manifests: Manifests) -> Iterator[str]:
+    for deployment in manifests.of_kind("Deployment"):
+        for container in pod_of(deployment)["containers"]:
+            image = container["image"]
+            tag = image.rpartition("/")[2].partition(":")[2]
+            if "@sha256:" not in image and tag in ("", "latest"):
+                yield f"{name_of(deployment)}: image {image} has no fixed tag"
+
+
+def check_resources(manifests: Manifests) -> Iterator[str]:
+    for deployment in manifests.of_kind("Deployment"):
+        container = pod_of(deployment)["containers"][0]
+        resources = container.get("resources", {})
+        requests, limits = resources.get("requests", {}), resources.get("limits", {})
+        if not {"cpu", "memory"} <= requests.keys() or "memory" not in limits:
+            yield f"{name_of(deployment)}: wants requests of cpu and memory and a limit of memory"
+        gpus = int(limits.get("nvidia.com/gpu", 0))
+        wanted = 1 if environment(container).get("REWARD_DEVICE") == "cuda" else 0
+        if gpus != wanted:
+            yield f"{name_of(deployment)}: has {gpus} GPUs a pod; its REWARD_DEVICE wants {wanted}"
+        rolling = deployment["spec"].get("strategy", {}).get("rollingUpdate", {})
+        if gpus and rolling.get("maxSurge") != 0 and deployment["spec"].get("strategy", {}).get("type") != "Recreate":
+            yield f"{name_of(deployment)}: a rollout would ask for one more GPU than the replicas have (maxSurge)"
+        spread = pod_of(deployment).get("topologySpreadConstraints", [])
+        if not any(selects(constraint["labelSelector"], labels_of(deployment)) for constraint in spread):
+            yield f"{name_of(deployment)}: no topologySpreadConstraint takes its pods"
+
+
+def check_autoscalers(manifests: Manifests) -> Iterator[str]:
+    for autoscaler in manifests.of_kind("HorizontalPodAutoscaler"):
+        spec = autoscaler["spec"]
+        if not manifests.has("Deployment", spec["scaleTargetRef"]["name"]):
+            yield f"{name_of(autoscaler)}: its target {spec['scaleTargetRef']['name']} is not among the manifests"
+        if spec.get("minReplicas", 1) >= spec["maxReplicas"]:
+            yield f"{name_of(autoscaler)}: minReplicas is not below maxReplicas"
+    for deployment in manifests.of_kind("Deployment"):
+        if manifests.autoscaler(deployment) and "replicas" in deployment["spec"]:
+            yield f"{name_of(deployment)}: says replicas, and every apply would overrule its autoscaler"
+
+
+def check_disruption_budgets(manifests: Manifests) -> Iterator[str]:
+    for budget in manifests.of_kind("PodDisruptionBudget"):
+        for deployment in manifests.of_kind("Deployment"):
+            if not selects(budget["spec"]["selector"], labels_of(deployment)):
+                continue
+            replicas = manifests.replicas(deployment)
+            if "maxUnavailable" in budget["spec"]:
+                evictable = scaled(budget["spec"]["maxUnavailable"], replicas)
+            else:
+                evictable = replicas - scaled(budget["spec"]["minAvailable"], replicas)
+            if evictable < 1:
+                yield f"{name_of(budget)}: forbids every eviction at {replicas} replicas; no node could be drained"
+
+
+def check_network(manifests: Manifests) -> Iterator[str]:
+    for deployment in manifests.of_kind("Deployment"):
+        ports = {port["containerPort"] for port in pod_of(deployment)["containers"][0].get("ports", [])}
+        policies = [
+            policy
+            for policy in manifests.of_kind("NetworkPolicy")
+            if selects(policy["spec"]["podSelector"], labels_of(deployment))
+        ]
+        if {kind for policy in policies for kind in policy["spec"].get("policyTypes", [])} != {"Ingress", "Egress"}:
+            yield f"{name_of(deployment)}: no NetworkPolicy closes both its directions"
+        for policy in policies:
+            for rule in policy["spec"].get("ingress", []):
+                if not all(any(peer.values()) for peer in rule.get("from", [])) or not rule.get("from"):
+                    yield f"{name_of(policy)}: an ingress rule admits everyone"
+                if {port["port"] for port in rule.get("ports", [])} != ports:
+                    yield f"{name_of(policy)}: an ingress rule is not about the container's port"
+            for rule in policy["spec"].get("egress", []):
+                if not rule.get("to") or not rule.get("ports"):
+                    yield f"{name_of(policy)}: an egress rule admits everything"
+
+
+RULES = (
+    check_selectors,
+    check_ports,
+    check_probes,
+    check_drain,
+    check_references,
+    check_security,
+    check_images,
+    check_resources,
+    check_autoscalers,
+    check_disruption_budgets,
+    check_network,
+)
+
+
+def problems(manifests: Manifests) -> list[str]:
+    """What is wrong with one rendered set, as sentences; empty when nothing is."""
+    return [problem for rule in RULES for problem in rule(manifests)]

@@ -1,0 +1,1 @@
+"""Reward models: torch in, torch out. This package imports no HTTP."""

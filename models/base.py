@@ -1,0 +1,325 @@
+"""The contracts that every reward model keeps.
+
+A *reward model* is a named function from (prompt, image) to a score. It sees a batch of prepared samples of any
+requests and answers one :class:`Output` for each, in the same order. Nothing here knows of HTTP.
+
+Errors raised for one sample derive from :class:`SampleError`: they carry a stable ``code`` and a fixed message, and
+the service reports them beside the scores of the other samples. An error is never a number.
+
+    SampleError                 this sample has no score; the others keep theirs
+    ├── InputError              the caller's input cannot be scored: do not retry
+    │   └── UnsupportedInput    the model does not take this kind of candidate or context
+    └── ModelError              the model failed on a sample that was in order
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+Kind = Literal["pointwise", "pairwise"]
+Input = Literal["prompt", "image", "video", "text", "context", "metadata"]
+
+
+class SampleError(Exception):
+    """One sample has no score. ``code`` is stable and machine-readable, ``message`` is fixed text for people."""
+
+    code: str = "sample_error"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if code is not None:
+            self.code = code
+
+
+class InputError(SampleError):
+    """The input cannot be scored by this model; asking again gives the same answer."""
+
+    code = "invalid_input"
+
+
+class UnsupportedInput(InputError):
+    """The model does not take this kind of candidate or context."""
+
+    code = "unsupported_input"
+
+
+class ModelError(SampleError):
+    """The model failed on a sample that was in order."""
+
+    code = "model_error"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """What is judged: an image, a video (``frames`` at ``fps`` frames a second) or a text answer; exactly one of them.
+
+    ``digest`` names the content: candidates with equal digests are equal, and the engine encodes them once. Where the
+    maker of the candidate gives none it is computed from the pixels.
+    """
+
+    image: PILImage.Image | None = None
+    frames: tuple[PILImage.Image, ...] = ()
+    fps: float | None = None
+    text: str | None = None
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        given = (self.image is not None) + bool(self.frames) + (self.text is not None)
+        if given != 1:
+            raise ValueError(f"a candidate is one of image, frames or text; {given} were given")
+        if not self.digest:
+            object.__setattr__(self, "digest", self._content_digest())
+
+    @property
+    def kind(self) -> Literal["image", "video", "text"]:
+        if self.image is not None:
+            return "image"
+        return "video" if self.frames else "text"
+
+    def _content_digest(self) -> str:
+        hasher = hashlib.blake2b(digest_size=16)
+        if self.text is not None:
+            hasher.update(b"text")
+            hasher.update(self.text.encode("utf-8", "surrogatepass"))
+        for image in (self.image, *self.frames):
+            if image is not None:
+                hasher.update(f"{image.mode}{image.size}{self.fps}".encode())
+                hasher.update(image.tobytes())
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What the candidates were made from, where the task has it: source image or frames, mask, question, task."""
+
+    image: PILImage.Image | None = None
+    frames: tuple[PILImage.Image, ...] = ()
+    mask: PILImage.Image | None = None
+    question: str | None = None
+    task: str | None = None
+    criterion: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One (prompt, candidate, context) of an item: the unit of a pointwise batch."""
+
+    prompt: str
+    candidate: Candidate
+    context: Context | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def image(self, model: str) -> PILImage.Image:
+        """The candidate's image, or :class:`UnsupportedInput` naming ``model``."""
+        if self.candidate.image is None:
+            raise UnsupportedInput(f"{model} scores images; this candidate is a {self.candidate.kind}")
+        return self.candidate.image
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a reward model says of one sample.
+
+    ``outputs`` holds further numbers (uncertainty, alignment, distance ...), ``details`` what is not a number
+    (recognised text, reasons), ``warnings`` what the caller should know about this score (a truncated prompt).
+    """
+
+    score: float
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a score difference becomes a preference: P(i preferred to j) = sigmoid((s_i - s_j) / temperature)."""
+
+    temperature: float
+    source: str
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What ``GET /models`` tells about a reward model. ``range`` is the usual one, not a bound, unless stated."""
+
+    name: str
+    description: str
+    kind: Kind
+    inputs: tuple[Input, ...]
+    range: tuple[float, float]
+    citation: str
+    license: str
+    calibration: Calibration
+    weights: str | None = None
+    weights_bytes: int = 0
+    differentiable: bool = False
+    verified: bool = True
+    hidden: bool = False
+    outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how a model is loaded. ``weights`` overrides the model's own source; ``options`` are the model's."""
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    weights: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Every reward model.
+
+    ``prepare`` runs on the CPU in a thread pool, one sample at a time, must be thread-safe, and raises a
+    :class:`SampleError` for a sample that cannot be scored. ``run`` takes prepared samples of any requests and returns
+    as many outputs in the same order; a score may not depend on the batch's other samples. It may return a
+    :class:`SampleError` in place of an output for a sample that failed alone.
+    """
+
+    info: RewardInfo
+    preprocessing: str
+    """Version of prepare() and of the formula; a change of either changes it, and with it the fingerprint."""
+    weights_hash: str
+    """sha256 over the tensors (see ``models.weights.hash_tensors``), or "" for a model without weights."""
+    dtype: torch.dtype
+    uses_device: bool
+    """Whether run() computes on the torch device (models that do share one thread) or on the CPU by itself."""
+    max_batch: int | None
+    """Most samples that run() should be given at once; None leaves it to the engine."""
+
+    def prepare(self, sample: Sample) -> Any: ...
+
+    def run(self, batch: Sequence[Any]) -> Sequence[Output | SampleError]: ...
+
+    def canary(self) -> Sample:
+        """A small sample that a healthy model scores: warm-up and readiness use it."""
+        ...
+
+
+class RewardModel(ABC):
+    """The common part of pointwise reward models; implements what :class:`Reward` asks except prepare and run."""
+
+    info: ClassVar[RewardInfo]
+    preprocessing: ClassVar[str] = "1"
+    uses_device: ClassVar[bool] = False
+    max_batch: ClassVar[int | None] = None
+    weights_hash: str = ""
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    @abstractmethod
+    def load(cls, options: LoadOptions) -> RewardModel:
+        """Build the model on ``options.device``; raises :class:`WeightsError` when its weights cannot be had."""
+
+    @abstractmethod
+    def prepare(self, sample: Sample) -> Any: ...
+
+    @abstractmethod
+    def run(self, batch: Sequence[Any]) -> Sequence[Output | SampleError]: ...
+
+    def canary(self) -> Sample:
+        gradient = PILImage.linear_gradient("L").resize((64, 64)).convert("RGB")
+        return Sample(prompt='a sign that says "OK"', candidate=Candidate(image=gradient))
+
+
+class WeightsError(RuntimeError):
+    """Weights are missing, damaged or unsafe; the message names the source, the setting and the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class TowerInput:
+    """A prepared sample of a :class:`TowerReward`: uint8 or float pixels [3, S, S] and int64 tokens [L], both on the CPU."""
+
+    pixels: Tensor
+    tokens: Tensor
+    image_id: str
+    text_id: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOutput:
+    """Scores [B] and further outputs [B] of a tower's head, float32."""
+
+    score_B: Tensor
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class TowerReward(RewardModel):
+    """CLIP-like: an image tower, a text tower and a head, so that each distinct image and prompt is encoded once.
+
+    ``image_key`` and ``text_key`` name (tower weights, preprocessing): models whose keys are equal share features.
+    Token lengths come in ``text_lengths`` buckets: a prompt always lands in the same one, whatever its neighbours.
+    The engine calls the towers and the head with batch shapes of its choosing; ``run`` is the plain path.
+    """
+
+    uses_device: ClassVar[bool] = True
+    image_key: str
+    text_key: str
+    device: torch.device
+
+    @abstractmethod
+    def prepare_image(self, image: PILImage.Image) -> Tensor:
+        """The exact published preprocessing up to what may run on the device: uint8 or float [3, S, S], CPU."""
+
+    @abstractmethod
+    def prepare_text(self, prompt: str) -> tuple[Tensor, tuple[str, ...]]:
+        """Token ids int64 [L] with L one of the model's length buckets, and warnings ("prompt_truncated")."""
+
+    @abstractmethod
+    def normalize(self, pixels_B3SS: Tensor) -> Tensor:
+        """Prepared pixels on the device -> the image tower's input in the tower's dtype."""
+
+    @abstractmethod
+    def encode_image(self, pixels_B3SS: Tensor) -> Tensor:
+        """Tower input -> image features [B, D]."""
+
+    @abstractmethod
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
+        """Token ids -> text features [B, D]."""
+
+    @abstractmethod
+    def head(self, image_features_BD: Tensor, text_features_BD: Tensor) -> HeadOutput:
+        """Features of B samples -> scores [B]."""
+
+    @abstractmethod
+    def preprocess_tensor(self, pixels_B3HW: Tensor) -> Tensor:
+        """Differentiable twin of prepare_image + normalize: float [0, 1] images of one size -> tower input."""
+
+    def prepare(self, sample: Sample) -> TowerInput:
+        pixels = self.prepare_image(sample.image(self.info.name))
+        tokens, warnings = self.prepare_text(sample.prompt)
+        return TowerInput(pixels, tokens, sample.candidate.digest, sample.prompt, warnings)
+
+    @torch.inference_mode()
+    def run(self, batch: Sequence[TowerInput]) -> list[Output | SampleError]:
+        pixels = torch.stack([entry.pixels for entry in batch]).to(self.device)
+        image_features = self.encode_image(self.normalize(pixels))
+        text_features = torch.cat([self.encode_text(entry.tokens[None].to(self.device)) for entry in batch])
+        return unpack(self.head(image_features, text_features), [entry.warnings for entry in batch])
+
+
+def unpack(head: HeadOutput, warnings: Sequence[tuple[str, ...]]) -> list[Output | SampleError]:
+    """One :class:`Output` per row; a score that is not finite becomes a :class:`ModelError`, never a number."""
+    if head.score_B.shape != (len(warnings),):
+        raise ValueError(f"the head gave scores of shape {tuple(head.score_B.shape)} for {len(warnings)} samples")
+    scores = head.score_B.float().tolist()
+    extra = {name: values.float().tolist() for name, values in head.outputs.items()}
+    results: list[Output | SampleError] = []
+    for i, score in enumerate(scores):
+        if score != score or score in (float("inf"), float("-inf")):
+            results.append(ModelError("the model gave a score that is not a finite number", code="not_finite"))
+        else:
+            results.append(Output(score, {name: values[i] for name, values in extra.items()}, warnings=warnings[i]))
+    return results

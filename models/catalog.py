@@ -1,0 +1,5 @@
+"""Imports every reward model once, so that it registers itself: one line a model."""
+
+import models.bench_clip
+import models.jpeg
+import models.ocr  # noqa: F401

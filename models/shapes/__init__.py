@@ -1,0 +1,1 @@
+"""The embedded world: captioned pictures of coloured shapes, the truth about any of them, and small trained models."""

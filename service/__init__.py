@@ -1,0 +1,1 @@
+"""The reward service: HTTP in, scores out."""

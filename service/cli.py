@@ -1,0 +1,238 @@
+"""reward-service serve | score | compare | models | bench"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, cast
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Rewards for images, over HTTP.")
+console = Console()
+
+Url = Annotated[str, typer.Option(help="the service", envvar="REWARD_URL")]
+Key = Annotated[str | None, typer.Option(help="bearer key", envvar="REWARD_API_KEY")]
+Images = Annotated[list[Path], typer.Argument(help="PNG, JPEG or WebP files", exists=True, dir_okay=False)]
+Prompt = Annotated[str, typer.Option(help="the prompt that the images were made from")]
+Json = Annotated[bool, typer.Option("--json", help="print the service's answer instead of a table")]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+IMAGES_PER_REQUEST = 16
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML settings; REWARD_* variables win over it")] = None,
+    host: Annotated[str | None, typer.Option(help="0.0.0.0 to be reachable from other machines")] = None,
+    port: Annotated[int | None, typer.Option(help="default 8000")] = None,
+) -> None:
+    """Load the models of the settings and answer HTTP until SIGTERM."""
+    if config is not None:
+        os.environ["REWARD_CONFIG"] = str(config)
+    from pydantic import ValidationError
+
+    from service.settings import Settings
+    from service.telemetry import configure_logging
+
+    given: dict[str, Any] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    try:
+        settings = Settings(**given)
+        settings.bearer_keys()
+    except (ValidationError, ValueError, OSError) as error:
+        _stop(f"settings: {error}")
+    configure_logging(settings.log_level, settings.log_format)
+    from service.app import create_app  # imports torch: after the settings, so that a typo is told at once
+    from service.process import bind
+    from service.process import serve as serve_app
+
+    try:
+        bound = bind(settings.host, settings.port)
+    except OSError as error:
+        _stop(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}")
+    console.print(f"listening on http://{settings.host}:{bound.getsockname()[1]} once the models are loaded")
+    raise typer.Exit(serve_app(create_app(settings), settings, bound))
+
+
+@app.command()
+def score(
+    images: Images,
+    prompt: Prompt,
+    model: Annotated[list[str], typer.Option(help="NAME or NAME=WEIGHT; may repeat")],
+    metadata: Annotated[str, typer.Option(help="JSON object for models that want one")] = "{}",
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Score images and print them best first."""
+    weights = dict(_model_and_weight(entry) for entry in model)
+    extra = _json_object(metadata)
+    answers = []
+    with _client(url, key) as client:
+        for chunk in track(
+            list(_chunks(images)), "scoring", console=console, disable=len(images) <= IMAGES_PER_REQUEST
+        ):
+            item = {"prompt": prompt, "images": [_encode(path) for path in chunk], "metadata": extra}
+            answers.append(_post(client, "/score", {"models": weights, "items": [item], "explain": True}))
+    if as_json:
+        console.print_json(json.dumps(answers if len(answers) > 1 else answers[0]))
+        return
+    rows = [(path, answer["results"][0], i) for chunk, answer in zip(_chunks(images), answers, strict=True)
+            for i, path in enumerate(chunk)]  # fmt: skip
+    rows.sort(key=lambda row: (row[1]["total"][row[2]] is None, -(row[1]["total"][row[2]] or 0.0)))
+    table = Table("rank", "image", *weights, "total", "notes", title=prompt)
+    for rank, (path, result, i) in enumerate(rows, 1):
+        scores = [_number(result["scores"][name][i]) for name in weights]
+        table.add_row(str(rank), path.name, *scores, _number(result["total"][i]), _notes(result, i))
+    console.print(table)
+    if all(result["total"][i] is None for _, result, i in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    images: Images,
+    prompt: Prompt,
+    model: Annotated[str, typer.Option(help="any reward model")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Compare images pairwise and print the ranking with Bradley-Terry strengths."""
+    with _client(url, key) as client, console.status("comparing"):
+        item = {"prompt": prompt, "images": [_encode(path) for path in images]}
+        answer = _post(client, "/compare", {"model": model, "items": [item]})
+    if as_json:
+        console.print_json(json.dumps(answer))
+        return
+    result = answer["results"][0]
+    table = Table("rank", "image", "win rate", "strength", "± s.e.", "notes", title=f"{model}: {prompt}")
+    for rank, i in enumerate(result["ranking"], 1):
+        numbers = [_number(result[name][i]) for name in ("win_rate", "strength", "strength_stderr")]
+        table.add_row(str(rank), images[i].name, *numbers, _notes(result, i))
+    console.print(table)
+
+
+@app.command()
+def models(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
+    """List the reward models of a service."""
+    with _client(url, key) as client:
+        answer = _checked(_send(client, "GET", "/models"))
+    if as_json:
+        console.print_json(json.dumps(answer))
+        return
+    table = Table("model", "kind", "inputs", "range", "grad", "licence", "ready", "fingerprint", title=url)
+    for row in answer["models"]:
+        low, high = row["range"]
+        table.add_row(
+            row["name"], row["kind"], ", ".join(row["inputs"]), f"{low:g} .. {high:g}",
+            "yes" if row["differentiable"] else "", row["license"], "yes" if row["ready"] else "no",
+            (row["fingerprint"] or "")[7:19],
+        )  # fmt: skip
+    console.print(table)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="a loaded model")],
+    images: Annotated[list[Path] | None, typer.Argument(help="images to send; default: generated ones")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help="clients at once; may repeat; default 1 8 64")] = None,
+    group: Annotated[int, typer.Option(help="images per request", min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="per concurrency", min=0.5)] = 10.0,
+    prompt: Prompt = "a photo",
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Load a running service and print images per second, latencies and errors."""
+    from service.loadtest import run_and_print
+
+    run_and_print(console, url, key, model, images or [], concurrency or [1, 8, 64], group, seconds, prompt)
+
+
+def _client(url: str, key: str | None) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(600, connect=10))
+
+
+def _post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    return _checked(_send(client, "POST", path, body))
+
+
+def _send(client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    try:
+        return client.request(method, path, json=body)
+    except httpx.ConnectError:
+        _stop(f"nothing answers at {client.base_url}; start a service with `reward-service serve`, or give --url")
+    except httpx.HTTPError as error:
+        _stop(f"{client.base_url}: {type(error).__name__}")
+
+
+def _checked(response: httpx.Response) -> dict[str, Any]:
+    if response.is_success:
+        return cast(dict[str, Any], response.json())
+    try:
+        problem = response.json()
+        _stop(f"{problem['status']} {problem['code']}: {problem['detail']}")
+    except (ValueError, KeyError, TypeError):
+        _stop(f"HTTP {response.status_code} from {response.request.url}")
+
+
+def _stop(message: str) -> NoReturn:
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False)
+    raise typer.Exit(2)
+
+
+def _chunks(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    for start in range(0, len(paths), IMAGES_PER_REQUEST):
+        yield paths[start : start + IMAGES_PER_REQUEST]
+
+
+def _encode(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _model_and_weight(text: str) -> tuple[str, float]:
+    name, equals, weight = text.partition("=")
+    try:
+        return name, float(weight) if equals else 1.0
+    except ValueError:
+        _stop(f"--model {text}: the weight is not a number")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        _stop("--metadata is not a JSON object")
+    return value
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _notes(result: dict[str, Any], i: int) -> str:
+    notes = [f"{e['code']}: {e['message']}" for e in result["errors"][i]] + [
+        w["message"] for w in result["warnings"][i]
+    ]
+    for model, details in (result.get("details") or {}).items():
+        if details[i]:
+            notes.append(f"{model}: " + ", ".join(f"{k}={v}" for k, v in details[i].items() if isinstance(v, str)))
+    return "; ".join(notes)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

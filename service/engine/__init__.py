@@ -1,0 +1,1 @@
+"""Loaded models, their queues and their workers."""

@@ -1,0 +1,211 @@
+"""The whole queue: admission, deadlines, cancellation and batch formation for one model.
+
+A :class:`Ticket` is one admitted sample with its own response channel. It is *admitted* (its cost is reserved), then
+prepared in the decode pool, then *ready* (waiting for a batch), then *running*, then settled. A ticket whose client
+left or whose deadline passed is dropped wherever it is before *running*, and its cost is free again at once.
+
+Admission happens on the event loop, tickets become ready on pool threads, batches are taken on a lane's thread: one
+condition, shared by the batchers of a lane, guards them all.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from models.base import Output, SampleError
+from service.errors import Overloaded
+from service.telemetry import Telemetry
+
+Job = Literal["score", "gradient"]
+COST: dict[Job, int] = {"score": 1, "gradient": 3}  # in forward passes: a gradient is one forward and a backward of two
+
+
+@dataclass(frozen=True, eq=False)
+class GradientResult:
+    """Output of one sample and d(score)/d(image), float32 [3, H, W] on the CPU."""
+
+    output: Output
+    gradient: Any
+
+
+Outcome = Output | GradientResult | SampleError
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One admitted sample of one model. ``settle`` is called once, from any thread, unless the ticket is dropped."""
+
+    job: Job
+    settle: Callable[[Ticket, Outcome], None]
+    deadline: float
+    payload: Any = None
+    state: Literal["admitted", "ready", "running", "settled", "dropped"] = "admitted"
+    admitted_at: float = field(default_factory=time.monotonic)
+    ready_at: float = 0.0
+    started_at: float = 0.0
+    finished_at: float = 0.0
+
+    @property
+    def cost(self) -> int:
+        return COST[self.job]
+
+
+class Batcher:
+    """The queue of one model, bounded by cost."""
+
+    def __init__(
+        self, model: str, *, max_cost: int, max_delay_s: float, wakeup: threading.Condition, telemetry: Telemetry
+    ) -> None:
+        self.model = model
+        self.max_cost = max_cost
+        self.max_delay_s = max_delay_s
+        self.rate: float | None = None
+        """Cost finished per second while busy (moving average), measured since warm-up; None before."""
+        self._wakeup = wakeup
+        self._telemetry = telemetry
+        self._depth_gauge = telemetry.depth.labels(model)
+        self._cost_gauge = telemetry.cost.labels(model)
+        self._cost = 0
+        self._preparing = 0
+        self._ready: dict[Ticket, None] = {}  # insertion-ordered: a queue from which any ticket can leave at once
+
+    # -- admission (event loop) ---------------------------------------------------------------------------------------
+
+    def check(self, count: int, job: Job) -> None:
+        """Raise :class:`Overloaded` with the time until ``count`` samples would fit, if they do not now."""
+        cost = count * COST[job]
+        with self._wakeup:
+            over = self._cost + cost - self.max_cost
+            if over <= 0:
+                return
+            admitted = self._cost
+        raise Overloaded(
+            f"{self.model} has admitted {admitted} of {self.max_cost} cost units; this request needs {cost}",
+            retry_after_s=self._seconds_for(over),
+            model=self.model,
+        )
+
+    def _seconds_for(self, cost: float) -> int:
+        return max(1, min(600, math.ceil(cost / self.rate))) if self.rate else 1
+
+    def admit(self, ticket: Ticket) -> None:
+        """Reserve the ticket's cost; the caller has checked that it fits, on the same turn of the event loop."""
+        with self._wakeup:
+            self._cost += ticket.cost
+            self._preparing += 1
+            self._publish()
+
+    # -- from the pool ------------------------------------------------------------------------------------------------
+
+    def ready(self, ticket: Ticket, payload: Any, *, front: bool = False) -> None:
+        """The sample is prepared: queue it (a canary at the front), unless it was dropped in the meantime."""
+        with self._wakeup:
+            if ticket.state != "admitted":
+                return
+            ticket.payload, ticket.state, ticket.ready_at = payload, "ready", time.monotonic()
+            self._preparing -= 1
+            if front:
+                self._ready = {ticket: None, **self._ready}
+            else:
+                self._ready[ticket] = None
+            self._publish()
+            self._wakeup.notify()
+
+    def reject(self, ticket: Ticket, error: SampleError) -> None:
+        """The sample could not be prepared: settle it without a forward."""
+        with self._wakeup:
+            if ticket.state != "admitted":
+                return
+            self._preparing -= 1
+            self._leave(ticket, "settled")
+            self._wakeup.notify()  # a worker may be waiting for this sample to fill its batch
+        ticket.settle(ticket, error)
+
+    def drop(self, ticket: Ticket, reason: Literal["deadline", "disconnect"]) -> bool:
+        """Forget a ticket that nobody waits for any more; False when it is running or done already."""
+        with self._wakeup:
+            if ticket.state == "admitted":
+                self._preparing -= 1
+            elif ticket.state == "ready":
+                del self._ready[ticket]
+            else:
+                return False
+            ticket.payload = None
+            self._leave(ticket, "dropped")
+            self._wakeup.notify()
+        self._telemetry.dropped.labels(self.model, reason).inc()
+        return True
+
+    # -- batch formation (lane; the lane holds the condition) ---------------------------------------------------------
+
+    def oldest(self) -> float | None:
+        """When the head of the queue became ready; None when nothing waits."""
+        return next(iter(self._ready)).ready_at if self._ready else None
+
+    def due_in(self, now: float, full: int) -> float | None:
+        """Seconds until a batch should be formed: 0 now, None when nothing waits.
+
+        A batch waits for more samples only while some are being decoded for it, and never longer than max_delay_s.
+        """
+        oldest = self.oldest()
+        if oldest is None:
+            return None
+        if len(self._ready) >= full or self._preparing == 0:
+            return 0.0
+        return max(0.0, oldest + self.max_delay_s - now)
+
+    def take(self, full: int) -> list[Ticket]:
+        """Form a batch of at most ``full``: the oldest tickets of one kind of job; expired ones are dropped."""
+        now = time.monotonic()
+        batch: list[Ticket] = []
+        for ticket in list(self._ready):
+            if len(batch) == full:
+                break
+            if ticket.deadline <= now:
+                del self._ready[ticket]
+                self._leave(ticket, "dropped")
+                self._telemetry.dropped.labels(self.model, "deadline").inc()
+            elif not batch or ticket.job == batch[0].job:
+                del self._ready[ticket]
+                ticket.state, ticket.started_at = "running", now
+                batch.append(ticket)
+        self._publish()
+        return batch
+
+    # -- results (lane) -----------------------------------------------------------------------------------------------
+
+    def settle(self, batch: list[Ticket], outcomes: list[Outcome], seconds: float) -> None:
+        """Answer a batch that took ``seconds``, free its cost and learn the rate."""
+        now = time.monotonic()
+        with self._wakeup:
+            cost = sum(ticket.cost for ticket in batch)
+            self.learn(cost, seconds)
+            for ticket in batch:
+                ticket.finished_at, ticket.payload = now, None
+                self._leave(ticket, "settled")
+        for ticket, outcome in zip(batch, outcomes, strict=True):
+            ticket.settle(ticket, outcome)
+
+    def learn(self, cost: float, seconds: float) -> None:
+        """Fold a measurement into the moving average of the rate (cost per second of work)."""
+        rate = cost / max(seconds, 1e-6)
+        self.rate = rate if self.rate is None else 0.8 * self.rate + 0.2 * rate
+
+    def _leave(self, ticket: Ticket, state: Literal["settled", "dropped"]) -> None:
+        ticket.state = state
+        self._cost -= ticket.cost
+        self._publish()
+
+    def _publish(self) -> None:
+        self._depth_gauge.set(len(self._ready))
+        self._cost_gauge.set(self._cost)
+
+    @property
+    def cost(self) -> int:
+        """Admitted and unfinished cost."""
+        return self._cost

@@ -1,0 +1,62 @@
+"""Rows from host memory to the device: pinned buffers and a copy stream on CUDA, a plain stack on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BUFFERS = 2  # one is filled while the other is still being copied
+
+
+@dataclass(eq=False)
+class _Pinned:
+    host: Tensor
+    copied: torch.cuda.Event
+
+
+class Stager:
+    """Builds padded batches on a device. On CUDA the copy of a batch overlaps with the forward of the one before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._buffers: dict[tuple[object, ...], list[_Pinned]] = {}
+        self._turn = 0
+
+    def stage(self, rows: Sequence[Tensor], size: int) -> Tensor:
+        """Rows [n, ...] (CPU, one shape and dtype) padded with copies of the last to [size, ...] on the device."""
+        if not 0 < len(rows) <= size:
+            raise ValueError(f"{len(rows)} rows do not fit a batch of {size}")
+        padded = [*rows, *[rows[-1]] * (size - len(rows))]
+        if self._stream is None:
+            return torch.stack(padded).to(self.device)
+        return self._stage_pinned(padded, self._stream)
+
+    def _stage_pinned(self, rows: Sequence[Tensor], stream: torch.cuda.Stream) -> Tensor:
+        shape = (len(rows), *rows[0].shape)
+        key = (shape, rows[0].dtype)
+        if key not in self._buffers:
+            self._buffers[key] = [
+                _Pinned(
+                    torch.empty((len(rows), *rows[0].shape), dtype=rows[0].dtype, pin_memory=True), torch.cuda.Event()
+                )
+                for _ in range(BUFFERS)
+            ]
+        self._turn = (self._turn + 1) % BUFFERS
+        buffer = self._buffers[key][self._turn]
+        buffer.copied.synchronize()  # its last copy must have left before it is filled again
+        torch.stack(list(rows), out=buffer.host)
+        compute = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(stream):
+            batch = buffer.host.to(self.device, non_blocking=True)
+            buffer.copied.record(stream)
+        compute.wait_stream(stream)
+        batch.record_stream(compute)  # the allocator may not hand it out again before the forward has read it
+        return batch
+
+    def clear(self) -> None:
+        """Free the buffers (after running out of memory, or when batch sizes change)."""
+        self._buffers.clear()

@@ -1,0 +1,341 @@
+"""One model on one device: prepare, form batches, run, scatter, bisect; and the lane, the thread that it runs on.
+
+Models that compute on the torch device share one lane, oldest batch first: CUDA graphs belong to a thread, and two
+forwards at once on one device only slow each other. A model that computes on the CPU by itself has a lane of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.base import (
+    InputError,
+    LoadOptions,
+    ModelError,
+    RewardModel,
+    Sample,
+    SampleError,
+    TowerInput,
+    TowerReward,
+)
+from models.registry import load_model
+from service.engine.batcher import Batcher, Job, Outcome, Ticket
+from service.engine.compile import BucketedFunction
+from service.engine.features import FeatureCache
+from service.engine.towers import TowerGradient, TowerRunner
+from service.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+
+class DevicePoisoned(RuntimeError):
+    """The device cannot be trusted any more; only a new process can use it."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSample:
+    """A sample of a gradient request: ``pixels`` float32 [3, H, W] in [0, 1] on the CPU."""
+
+    prompt: str
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What the engine decided for one model, from the settings."""
+
+    name: str
+    load: LoadOptions
+    micro_batch: int
+    invariance: Any
+    compile: Any
+    watchdog_s: float
+
+
+class Worker:
+    """Owns one loaded model. ``load`` and ``process`` run on the lane's thread, ``prepare`` on pool threads."""
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        batcher: Batcher,
+        caches: tuple[FeatureCache, FeatureCache],
+        telemetry: Telemetry,
+    ) -> None:
+        self.name = options.name
+        self.options = options
+        self.batcher = batcher
+        self.model: RewardModel
+        self.loaded = False
+        self.last_success = 0.0
+        self._caches = caches
+        self._telemetry = telemetry
+        self._towers: TowerRunner | None = None
+        self._gradient: TowerGradient | None = None
+        self._limit = options.micro_batch
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load the weights, compile, find usable shapes and score the canary; raises what the model raises."""
+        started = time.monotonic()
+        self.model = load_model(self.name, self.options.load)
+        if isinstance(self.model, TowerReward):
+            self._towers = TowerRunner(
+                self.model, self._bucket, *self._caches, text_micro_batch=max(1, self.options.micro_batch // 2)
+            )
+        payload = self.prepare(self.model.canary(), "score")
+        if self._towers is not None:
+            self._towers.warm_up(payload)
+        self.warm(payload)
+        self.loaded = True
+        seconds = time.monotonic() - started
+        self._telemetry.warmup.labels(self.name).set(seconds)
+        log.info(
+            "model ready",
+            extra={"model": self.name, "seconds": round(seconds, 2), "fingerprint": self.fingerprint(),
+                   "dtype": str(self.model.dtype), "shape": self.shape, "samples_per_s": round(self.batcher.rate or 0)},
+        )  # fmt: skip
+
+    def warm(self, payload: Any) -> None:
+        """Score a full batch of the canary: proves the model and measures the rate that Retry-After starts from."""
+        for _ in range(2):  # the first pass pays for allocations
+            batch = [payload] * self.full
+            started = time.monotonic()
+            failures = [outcome for outcome in self._score(batch) if isinstance(outcome, SampleError)]
+            if failures:
+                raise RuntimeError(f"{self.name} does not score its own canary: {failures[0].message}")
+            self.batcher.rate = self.full / max(time.monotonic() - started, 1e-6)
+        self.last_success = time.monotonic()
+
+    def _bucket(self, part: str, function: Callable[[Tensor], Tensor], micro_batch: int | None) -> BucketedFunction:
+        return BucketedFunction(
+            f"{self.name}.{part}",
+            function,
+            device=self.options.load.device,
+            micro_batch=micro_batch or self.options.micro_batch,
+            invariance=self.options.invariance,
+            compile=self.options.compile,
+        )
+
+    @property
+    def full(self) -> int:
+        """Most samples of one batch."""
+        if self._towers is not None:
+            return self._towers.images.micro_batch
+        return min(self._limit, self.model.max_batch or self._limit)
+
+    @property
+    def shape(self) -> str:
+        if self._towers is not None:
+            return self._towers.shape
+        return f"{self.full}:{self.options.invariance}" if self.model.uses_device else "1"
+
+    def fingerprint(self, job: Job = "score") -> str:
+        """Names the scoring function: equal fingerprints give equal scores."""
+        parts = {
+            "model": self.name,
+            "weights": self.model.weights_hash,
+            "preprocessing": self.model.preprocessing,
+            "options": dict(self.options.load.options),
+            "dtype": self.dtype(job),
+            "shape": self.shape if job == "score" else f"gradient:{self._gradient_batch}",
+            "device": device_class(self.options.load.device) if self.model.uses_device else "host",
+        }
+        return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _gradient_batch(self) -> int:
+        return self._gradient.micro_batch if self._gradient is not None else self.options.micro_batch
+
+    def dtype(self, job: Job = "score") -> str:
+        return "float32" if job == "gradient" else str(self.model.dtype).removeprefix("torch.")
+
+    # -- pool ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self, sample: Sample | TensorSample, job: Job) -> Any:
+        """The model's own preparation. Raises SampleError; anything else it raises becomes a ModelError."""
+        try:
+            if job == "score" and isinstance(sample, Sample):
+                return self.model.prepare(sample)
+            if job == "gradient" and isinstance(sample, TensorSample) and isinstance(self.model, TowerReward):
+                tokens, warnings = self.model.prepare_text(sample.prompt)
+                return TowerInput(sample.pixels, tokens, "", sample.prompt, warnings)
+        except SampleError:
+            raise
+        except Exception as error:
+            log.exception("prepare failed", extra={"model": self.name})
+            raise ModelError("the model failed to prepare this sample") from error
+        raise InputError(f"{self.name} has no {job} for this kind of sample", code="unsupported_input")
+
+    # -- lane ---------------------------------------------------------------------------------------------------------
+
+    def process(self, batch: list[Ticket]) -> None:
+        """Run a batch and settle every ticket of it, whatever happens to single samples."""
+        started = time.monotonic()
+        job = batch[0].job
+        outcomes = self._bisect(job, [ticket.payload for ticket in batch])
+        seconds = time.monotonic() - started
+        if any(not isinstance(outcome, ModelError) for outcome in outcomes):
+            self.last_success = time.monotonic()
+        self._telemetry.batch.labels(self.name).observe(len(batch))
+        self._telemetry.samples.labels(self.name, job).inc(len(batch))
+        self.batcher.settle(batch, outcomes, seconds)
+
+    def _bisect(self, job: Job, payloads: Sequence[Any]) -> list[Outcome]:
+        """Outcomes of ``payloads``; when the batch raises, halves are tried until only the guilty samples fail."""
+        try:
+            outcomes = self._score(payloads) if job == "score" else self._run_gradient(payloads)
+            if len(outcomes) != len(payloads):
+                raise ValueError(f"{self.name} gave {len(outcomes)} outputs for {len(payloads)} inputs")
+            return outcomes
+        except Exception as error:
+            if poisons_device(error):
+                raise DevicePoisoned(f"{self.name} poisoned its device: {error}") from error
+            if isinstance(error, torch.OutOfMemoryError) and self._shrink(job):
+                return self._bisect(job, payloads) if len(payloads) <= self.full else self._halves(job, payloads)
+            if len(payloads) == 1:
+                log.exception("forward failed on one sample", extra={"model": self.name})
+                return [ModelError("the model failed on this sample")]
+            log.warning(
+                "batch failed, bisecting",
+                extra={"model": self.name, "size": len(payloads), "error": type(error).__name__},
+            )
+        return self._halves(job, payloads)
+
+    def _halves(self, job: Job, payloads: Sequence[Any]) -> list[Outcome]:
+        middle = len(payloads) // 2
+        return [*self._bisect(job, payloads[:middle]), *self._bisect(job, payloads[middle:])]
+
+    def _shrink(self, job: Job) -> bool:
+        """Halve the batch and remember it; False when it is one already (towers halve their own forwards)."""
+        if job == "gradient" and self._gradient is not None and self._gradient.micro_batch > 1:
+            self._gradient.micro_batch //= 2
+        elif job == "score" and self._towers is None and self.full > 1:
+            self._limit = self.full // 2
+        else:
+            return False
+        log.warning("out of memory: halved", extra={"model": self.name, "job": job, "shape": self.shape})
+        return True
+
+    def _score(self, payloads: Sequence[Any]) -> list[Outcome]:
+        if self._towers is not None:
+            return list(self._towers.score(payloads))
+        if not self.model.uses_device or self.options.invariance == "fast":
+            return list(self.model.run(payloads))
+        padded = [*payloads, *[payloads[-1]] * (self.full - len(payloads))]
+        outputs = self.model.run(padded)
+        if len(outputs) != len(padded):
+            raise ValueError(f"{self.name} gave {len(outputs)} outputs for {len(padded)} inputs")
+        return list(outputs[: len(payloads)])
+
+    def _run_gradient(self, payloads: Sequence[TowerInput]) -> list[Outcome]:
+        if self._gradient is None:
+            self._gradient = TowerGradient(self._float32_model(), self.options.micro_batch)
+        return list(self._gradient.run(payloads))
+
+    def _float32_model(self) -> TowerReward:
+        """Gradients are taken in float32: bfloat16 rounds the differences away that a gradient is made of."""
+        model: RewardModel = self.model
+        if model.dtype != torch.float32:
+            load = self.options.load
+            model = load_model(self.name, LoadOptions(load.device, torch.float32, load.weights, load.options))
+        if not isinstance(model, TowerReward):
+            raise TypeError(f"{self.name} is not differentiable")
+        return model
+
+
+class Lane(threading.Thread):
+    """A thread that runs the batches of its workers, oldest first. ``on_fatal`` is told what no retry can mend."""
+
+    def __init__(self, name: str, on_fatal: Callable[[str], None]) -> None:
+        super().__init__(name=f"lane-{name}", daemon=True)
+        self.wakeup = threading.Condition()
+        self.workers: list[Worker] = []
+        self.busy: tuple[Worker, float] | None = None
+        self.started_ok = threading.Event()
+        self.startup_error: BaseException | None = None
+        self._on_fatal = on_fatal
+        self._stopping = False
+
+    def run(self) -> None:
+        try:
+            for worker in self.workers:
+                worker.load()
+        except BaseException as error:
+            self.startup_error = error
+            self.started_ok.set()
+            return
+        self.started_ok.set()
+        try:
+            while (work := self._next()) is not None:
+                worker, batch = work
+                self.busy = (worker, time.monotonic())
+                worker.process(batch)
+                self.busy = None
+                del work, worker, batch  # an idle lane keeps no image alive
+        except BaseException as error:
+            log.critical("lane died", exc_info=error, extra={"lane": self.name})
+            self._on_fatal(
+                str(error) if isinstance(error, DevicePoisoned) else f"{self.name} died: {type(error).__name__}"
+            )
+
+    def _next(self) -> tuple[Worker, list[Ticket]] | None:
+        """The next batch, waiting for one; None when the lane stops."""
+        with self.wakeup:
+            while not self._stopping:
+                now = time.monotonic()
+                due = [(worker.batcher.due_in(now, worker.full), worker) for worker in self.workers]
+                now_due = [worker for seconds, worker in due if seconds == 0.0]
+                if now_due:
+                    worker = min(now_due, key=lambda worker: worker.batcher.oldest() or 0.0)
+                    batch = worker.batcher.take(worker.full)
+                    if batch:
+                        return worker, batch
+                    continue
+                self.wakeup.wait(min((seconds for seconds, _ in due if seconds is not None), default=None))
+        return None
+
+    def stop(self) -> None:
+        with self.wakeup:
+            self._stopping = True
+            self.wakeup.notify_all()
+
+    def overdue(self, now: float) -> Worker | None:
+        """The worker whose forward has run for longer than its watchdog allows."""
+        busy = self.busy
+        if busy is not None and now - busy[1] > busy[0].options.watchdog_s:
+            return busy[0]
+        return None
+
+
+_POISON = ("CUDA error", "device-side assert", "CUDNN_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")
+
+
+def poisons_device(error: BaseException) -> bool:
+    """Whether the device's context is lost after ``error``: every later call would fail too."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(mark in str(error) for mark in _POISON)
+    )
+
+
+def device_class(device: torch.device) -> str:
+    """Devices of one class give the same bits: instruction set on CPU, name and capability on CUDA."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda:{torch.cuda.get_device_name(device)}:sm_{major}{minor}"
+    amx = "+amx" if torch.cpu._is_amx_tile_supported() else ""
+    bf16 = "+avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"cpu:{torch.backends.cpu.get_cpu_capability()}{bf16}{amx}"

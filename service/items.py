@@ -1,0 +1,144 @@
+"""Items of a request -> makers: closures that decode one sample each on a pool thread. Counts are checked here."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+from PIL import Image as PILImage
+
+from models.base import Candidate, Context, Sample
+from service.engine.engine import Made, Maker
+from service.errors import InvalidRequest
+from service.images import DecodedImage, ImageLimits, decode_base64, decode_image, from_array
+from service.schemas import CandidateIn, ContextIn, ItemIn
+from service.settings import LimitSettings
+from service.wire import ImageSource, Incoming
+
+T = TypeVar("T")
+
+
+def image_limits(limits: LimitSettings) -> ImageLimits:
+    return ImageLimits(limits.image_bytes, limits.image_pixels, limits.image_min_side, limits.image_max_side)
+
+
+def check(items: Sequence[ItemIn], limits: LimitSettings) -> None:
+    """Raise InvalidRequest for a request that asks for more than the limits allow."""
+    if len(items) > limits.items:
+        raise InvalidRequest(f"a request has at most {limits.items} items, not {len(items)}", code="too_many_items")
+    total = 0
+    for item in items:
+        candidates = item.all_candidates()
+        images = sum(len(candidate.frames or [None]) for candidate in candidates)
+        if images > limits.images_per_item:
+            raise InvalidRequest(
+                f"an item has at most {limits.images_per_item} images, not {images}", code="too_many_images"
+            )
+        total += images
+        texts = [item.prompt, *(candidate.text or "" for candidate in candidates)]
+        if item.context is not None:
+            texts += [item.context.question or "", item.context.task or "", item.context.criterion or ""]
+        if max(map(len, texts)) > limits.prompt_chars:
+            raise InvalidRequest(f"a text is over {limits.prompt_chars} characters", code="prompt_too_long")
+        if item.metadata and len(json.dumps(item.metadata)) > limits.metadata_bytes:
+            raise InvalidRequest(f"metadata is over {limits.metadata_bytes} bytes", code="metadata_too_large")
+    if total > limits.images_per_request:
+        raise InvalidRequest(
+            f"a request has at most {limits.images_per_request} images, not {total}", code="too_many_images"
+        )
+
+
+def makers(incoming: Incoming, items: Sequence[ItemIn], limits: ImageLimits, *, with_context: bool) -> list[Maker]:
+    """One maker per candidate, in order. Unknown tensor names raise InvalidRequest now, bad images raise later."""
+    return [maker for item in items for maker in _item_makers(incoming, item, limits, with_context=with_context)]
+
+
+def _item_makers(incoming: Incoming, item: ItemIn, limits: ImageLimits, *, with_context: bool) -> list[Maker]:
+    context = Once(_context(incoming, item.context, limits)) if with_context and item.context is not None else None
+
+    def maker(candidate: Callable[[], tuple[Candidate, tuple[str, ...]]]) -> Maker:
+        def make() -> Made:
+            made, warnings = candidate()
+            return Made(Sample(item.prompt, made, context() if context else None, item.metadata), warnings)
+
+        return make
+
+    return [maker(_candidate(incoming, candidate, limits)) for candidate in item.all_candidates()]
+
+
+def _candidate(
+    incoming: Incoming, candidate: CandidateIn, limits: ImageLimits
+) -> Callable[[], tuple[Candidate, tuple[str, ...]]]:
+    if candidate.text is not None:
+        text = candidate.text
+        return lambda: (Candidate(text=text), ())
+    if candidate.image is not None:
+        source = incoming.source(candidate.image)
+
+        def image() -> tuple[Candidate, tuple[str, ...]]:
+            decoded = decode(source, limits)
+            return Candidate(image=decoded.image, digest=decoded.digest), decoded.warnings
+
+        return image
+    sources = [incoming.source(frame) for frame in candidate.frames or []]
+
+    def video() -> tuple[Candidate, tuple[str, ...]]:
+        frames = tuple(decode(source, limits).image for source in sources)
+        return Candidate(frames=frames, fps=candidate.fps), ()
+
+    return video
+
+
+def _context(incoming: Incoming, context: ContextIn, limits: ImageLimits) -> Callable[[], Context]:
+    image = None if context.image is None else incoming.source(context.image)
+    mask = None if context.mask is None else incoming.source(context.mask)
+    frames = [incoming.source(frame) for frame in context.frames or []]
+
+    def make() -> Context:
+        def picture(source: ImageSource | None) -> PILImage.Image | None:
+            return None if source is None else decode(source, limits).image
+
+        return Context(
+            image=picture(image),
+            frames=tuple(decode(frame, limits).image for frame in frames),
+            mask=picture(mask),
+            question=context.question,
+            task=context.task,
+            criterion=context.criterion,
+        )
+
+    return make
+
+
+class Once(Generic[T]):
+    """Calls a function once, whichever thread comes first, and gives everyone its result or its exception."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._result: list[T] = []
+        self._error: Exception | None = None
+
+    def __call__(self) -> T:
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if not self._result:
+                try:
+                    self._result.append(self._function())
+                except Exception as error:
+                    self._error = error
+                    raise
+            return self._result[0]
+
+
+def decode(source: ImageSource, limits: ImageLimits) -> DecodedImage:
+    """Base64 text, file bytes or a uint8 tensor -> a validated RGB image; raises service.images.ImageError."""
+    if isinstance(source, str):
+        return decode_base64(source, limits)
+    if isinstance(source, np.ndarray):
+        return from_array(source, limits)
+    return decode_image(source, limits)

@@ -1,0 +1,161 @@
+"""Settings: the only reader of environment and YAML.
+
+Precedence: arguments, then environment (``REWARD_`` prefix, ``__`` between levels: ``REWARD_QUEUE__MAX_COST=256``),
+then the YAML file named by ``REWARD_CONFIG``, then the defaults below.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+Device = Literal["auto", "cpu", "cuda"] | str
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Invariance = Literal["exact", "fast"]
+Compile = Literal["auto", "on", "off", "measure"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelSettings(Section):
+    """One reward model. ``null`` leaves the choice to the service or to the model."""
+
+    weights: str | None = None
+    dtype: Dtype = "auto"
+    compile: Compile = "auto"
+    micro_batch: int | None = Field(None, ge=1, le=4096)
+    options: dict[str, Any] = Field(default_factory=dict)
+    watchdog_s: float | None = Field(None, gt=0)
+
+
+class LimitSettings(Section):
+    """What a request may ask for. Beyond them: 413 or 422, or a typed error of the one image."""
+
+    body_bytes: int = Field(64 << 20, ge=1 << 10)
+    inflight_bytes: int = Field(256 << 20, ge=1 << 10, description="bodies being read or answered, all together")
+    items: int = Field(64, ge=1)
+    images_per_item: int = Field(64, ge=1)
+    images_per_request: int = Field(256, ge=1)
+    prompt_chars: int = Field(16_384, ge=1)
+    metadata_bytes: int = Field(65_536, ge=1)
+    safetensors_header_bytes: int = Field(8 << 20, ge=1 << 10)
+    image_bytes: int = Field(16 << 20, ge=64)
+    image_pixels: int = Field(4096 * 4096, ge=1)
+    image_min_side: int = Field(16, ge=1)
+    image_max_side: int = Field(8192, ge=1)
+
+
+class QueueSettings(Section):
+    """Admission and batching. Cost is counted in forward passes of one sample; a gradient costs three."""
+
+    max_cost: int = Field(1024, ge=1, description="admitted and unfinished, per model")
+    max_delay_ms: float = Field(4.0, ge=0, description="longest wait for a batch to fill while samples are in decoding")
+    default_deadline_ms: int = Field(120_000, ge=1)
+    max_deadline_ms: int = Field(600_000, ge=1)
+
+
+class CacheSettings(Section):
+    """Feature caches, bounded in bytes; 0 turns one off."""
+
+    text_features_bytes: int = Field(64 << 20, ge=0)
+    image_features_bytes: int = Field(64 << 20, ge=0)
+
+
+class DrainSettings(Section):
+    """What happens after SIGTERM: admitted work is answered, new work gets 503, then exit 0."""
+
+    min_s: float = Field(0.0, ge=0, description="keep answering 503 at least this long, so that balancers notice")
+    max_s: float = Field(60.0, gt=0, description="give up on admitted work after this long (exit 1)")
+
+
+class Settings(BaseSettings):
+    """All settings of ``reward-service serve``."""
+
+    model_config = SettingsConfigDict(env_prefix="REWARD_", env_nested_delimiter="__", extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65_535)
+    models: dict[str, ModelSettings] = Field(
+        default_factory=lambda: {
+            name: ModelSettings()
+            for name in ("jpeg-compressibility", "jpeg-incompressibility", "ocr", "shapes-clip", "shapes-oracle")
+        }
+    )
+    plugins: list[str] = Field(default_factory=list, description="modules that register further reward models")
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    invariance: Invariance = "exact"
+    compile: Compile = "auto"
+    micro_batch: int | None = Field(None, ge=1, le=4096, description="rows of one forward; null: 8 on CPU, 32 on GPU")
+    threads: int | None = Field(None, ge=1, description="torch threads on CPU; null: all cores")
+    decode_threads: int | None = Field(None, ge=1, description="null: cores, at most 8")
+    cache_dir: Path | None = Field(None, description="compile cache; null: torch's own default")
+    weights_dir: Path | None = None
+    watchdog_s: float = Field(120.0, gt=0, description="a forward that takes longer ends the process")
+    exit_grace_s: float = Field(0.5, ge=0, description="between readiness false and the exit of a failed process")
+    ready_max_age_s: float = Field(5.0, ge=0, description="a success this fresh counts as readiness without a canary")
+    api_keys: list[str] = Field(default_factory=list)
+    api_keys_file: Path | None = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "text"] = "json"
+    show_hidden: bool = Field(False, description="list hidden models (benchmarks) in /models")
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    queue: QueueSettings = Field(default_factory=QueueSettings)
+    caches: CacheSettings = Field(default_factory=CacheSettings)
+    drain: DrainSettings = Field(default_factory=DrainSettings)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names_alone(cls, value: Any) -> Any:
+        """A list of names is the short form of a mapping without settings; null settings are empty ones."""
+        if isinstance(value, list):
+            return {str(name): {} for name in value}
+        if isinstance(value, dict):
+            return {name: {} if settings is None else settings for name, settings in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _largest_request_fits(self) -> Settings:
+        if self.limits.images_per_request > self.queue.max_cost:
+            raise ValueError(
+                f"limits.images_per_request ({self.limits.images_per_request}) is more than queue.max_cost "
+                f"({self.queue.max_cost}): such a request could never be admitted"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        config = os.environ.get("REWARD_CONFIG")
+        if config:
+            if not Path(config).is_file():
+                raise FileNotFoundError(f"REWARD_CONFIG names {config}, which is not a file")
+            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=config))
+        return tuple(sources)
+
+    def bearer_keys(self) -> list[str]:
+        """The bearer keys of the settings and of the mounted secret (one a line); empty means no authentication.
+
+        Raises ValueError when a secret file is named and holds no key: an open door must be asked for.
+        """
+        keys = list(self.api_keys)
+        if self.api_keys_file is not None:
+            lines = [line.strip() for line in self.api_keys_file.read_text().splitlines()]
+            from_file = [line for line in lines if line and not line.startswith("#")]
+            if not from_file:
+                raise ValueError(f"api_keys_file {self.api_keys_file} holds no key")
+            keys += from_file
+        return keys

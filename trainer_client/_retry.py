@@ -1,0 +1,188 @@
+"""When to ask again, whom, and when to give up. No I/O here: the sync and the async client share it."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from trainer_client.errors import (
+    ConnectionFailed,
+    DeadlineExceeded,
+    Overloaded,
+    ProtocolError,
+    RequestRejected,
+    RewardError,
+    ServiceFailed,
+    ServiceUnavailable,
+    TimedOut,
+    TransportError,
+)
+
+logger = logging.getLogger("trainer_client")
+
+CONNECT_TIMEOUT = 5.0
+FIRST_BACKOFF = 0.5
+LONGEST_BACKOFF = 15.0
+DEADLINE_GRACE = 0.5
+"""Seconds past the deadline for the service's last word: what it had finished by then arrives a moment later."""
+_DETAIL_CHARACTERS = 300
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A whole HTTP answer."""
+
+    status: int
+    headers: httpx.Headers
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try: whom to ask, the time that is left (ms), and when to stop listening (on the client's clock)."""
+
+    service: str
+    deadline_ms: int | None
+    timeout: httpx.Timeout
+    stop_at: float | None
+
+
+class Attempts:
+    """The attempts of one call over one or several services.
+
+    After a retryable failure a service is left alone for its Retry-After plus a random time of up to
+    ``FIRST_BACKOFF * 2**n`` seconds (full jitter, capped), n being its failures in this call; the next attempt goes to
+    the service that is free first.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[str],
+        *,
+        first: int,
+        deadline: float | None,
+        patience: float,
+        timeout: float,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+    ) -> None:
+        self._services = services
+        self._clock = clock
+        self._random = random
+        self._timeout = timeout
+        self._started = clock()
+        self._deadline_at = None if deadline is None else self._started + deadline
+        self._patience_at = self._started + patience
+        self._current = first % len(services)
+        self._free_at = [self._started] * len(services)
+        self._failures = [0] * len(services)
+        self._last: RewardError | None = None
+
+    def begin(self) -> Attempt:
+        """The next attempt; raises :class:`DeadlineExceeded` when no time is left for one."""
+        service = self._services[self._current]
+        if self._deadline_at is None:
+            timeout = httpx.Timeout(self._timeout, connect=min(CONNECT_TIMEOUT, self._timeout))
+            return Attempt(service, None, timeout, None)
+        remaining = self._deadline_at - self._clock()
+        if remaining <= 0:
+            raise DeadlineExceeded(self._summary("the deadline passed")) from self._last
+        wait = min(self._timeout, remaining + DEADLINE_GRACE)
+        timeout = httpx.Timeout(wait, connect=min(CONNECT_TIMEOUT, wait))
+        return Attempt(service, max(1, int(remaining * 1000)), timeout, self._deadline_at + DEADLINE_GRACE)
+
+    def after(self, error: RewardError) -> float:
+        """Seconds to wait before the next attempt; raises ``error``, or DeadlineExceeded from it, if none is due."""
+        if not isinstance(error, TransportError | Overloaded | DeadlineExceeded):
+            raise error
+        self._last = error
+        now = self._clock()
+        failed = self._current
+        backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** self._failures[failed])
+        retry_after = getattr(error, "retry_after", None) or 0.0
+        self._failures[failed] += 1
+        self._free_at[failed] = now + retry_after + backoff * self._random()
+        count = len(self._services)
+        self._current = min(range(count), key=lambda s: (self._free_at[s], (s - failed) % count))
+        next_at = max(now, self._free_at[self._current])
+        if self._deadline_at is not None and next_at >= self._deadline_at:
+            raise DeadlineExceeded(self._summary(f"the deadline leaves no time to ask again ({error})")) from error
+        if next_at >= self._patience_at:
+            error.add_note(self._summary("patience ended"))
+            raise error
+        logger.warning("%s; asking %s again in %.1f s", error, self._services[self._current], next_at - now)
+        return next_at - now
+
+    def _summary(self, what: str) -> str:
+        failures = sum(self._failures)
+        tries = f"{failures} failed attempt{'' if failures == 1 else 's'}"
+        return f"{what} after {self._clock() - self._started:.1f} s and {tries}"
+
+
+@contextmanager
+def transport_errors(service: str) -> Iterator[None]:
+    """httpx's transport errors -> ours, at this one place."""
+    try:
+        yield
+    except httpx.TimeoutException as exc:
+        raise TimedOut(f"{service}: {type(exc).__name__}: no answer in time") from exc
+    except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.DecodingError) as exc:
+        raise ProtocolError(f"{service}: {exc}") from exc
+    except httpx.TransportError as exc:
+        raise ConnectionFailed(f"{service}: {type(exc).__name__}: {exc}") from exc
+
+
+def raise_for_status(service: str, answer: Answer) -> None:
+    """Nothing for 200, else the error that the status and the problem document say."""
+    status = answer.status
+    if status == 200:
+        return
+    problem = _problem(answer)
+    code = problem.get("code")
+    code = code if isinstance(code, str) else f"http_{status}"
+    detail = problem.get("detail") or problem.get("title")
+    if not isinstance(detail, str):
+        detail = answer.content[:_DETAIL_CHARACTERS].decode("utf-8", "replace").strip()
+    message = f"{service} answered {status} {code}: {detail}"
+    hint = retry_after(answer.headers.get("retry-after"), wall_clock=time.time)
+    if status == 429:
+        raise Overloaded(message, code=code, retry_after=hint)
+    if status == 504 and problem:
+        raise DeadlineExceeded(message)
+    if status in (502, 503, 504):
+        raise ServiceUnavailable(message, status=status, code=code, retry_after=hint)
+    if 400 <= status < 500:
+        raise RequestRejected(message, status=status, code=code, detail=detail, problem=problem)
+    if status >= 500:
+        raise ServiceFailed(message, status=status, code=code, detail=detail, problem=problem)
+    raise ProtocolError(f"{service} answered {status} where 200 or an error was due")
+
+
+def retry_after(value: str | None, *, wall_clock: Callable[[], float]) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110: seconds, or a date), None if there is none or it is malformed."""
+    if value is None:
+        return None
+    value = value.strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    date = email.utils.parsedate_tz(value)
+    return None if date is None else max(0.0, email.utils.mktime_tz(date) - wall_clock())
+
+
+def _problem(answer: Answer) -> Mapping[str, Any]:
+    """The RFC 9457 document, {} where the body is none: an answer of a proxy, whose status then says all."""
+    if not answer.headers.get("content-type", "").startswith("application/problem+json"):
+        return {}
+    try:
+        problem = json.loads(answer.content)
+    except (ValueError, RecursionError):
+        return {}
+    return problem if isinstance(problem, dict) else {}
