@@ -29,7 +29,8 @@ def create_app(settings: Settings | None = None, on_fatal: Callable[[str], None]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await engine.start()
+        if engine.state == "starting":  # `reward-service serve` has started it by now; other ASGI servers have not
+            await engine.start()
         yield
         await engine.stop()
 

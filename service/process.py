@@ -54,14 +54,24 @@ class Server(uvicorn.Server):
         self.drained = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Load the models, then listen. A failure is one clear line; its traceback is there at log level DEBUG."""
         self._loop = asyncio.get_running_loop()
+        try:
+            await self._engine.start()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            log.critical("cannot start: %s", reason, exc_info=log.isEnabledFor(logging.DEBUG))
+            self.should_exit = True
+            return
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal handler: the first signal drains, a second one stops at once."""
-        if self._loop is None or self._drain is not None or self._engine.state == "starting":
+        if self._loop is None or self._engine.state == "starting":
+            log.info("stopped while loading: nothing was admitted")
+            os._exit(0)  # a thread that loads weights cannot be interrupted
+        if self._drain is not None:
             self.should_exit = True
-            return
         self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from pythonjsonlogger.json import JsonFormatter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -48,6 +48,7 @@ class Telemetry:
     """All metrics of one app, in a registry of its own. Defined in docs/metrics.md."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series per counter that nobody reads
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "reward_requests", "HTTP requests answered", ["route", "method", "status"], registry=registry
@@ -111,7 +112,19 @@ class RequestIdFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = REQUEST_ID.get()
+        vars(record).pop("color_message", None)  # uvicorn's own copy of the message for terminals
         return True
+
+
+class TextFormatter(logging.Formatter):
+    """For a terminal: one line, with the structured fields behind the message."""
+
+    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {key: value for key, value in vars(record).items() if key not in self._STANDARD}
+        line = super().format(record)
+        return line + "".join(f" {key}={value}" for key, value in fields.items())
 
 
 def configure_logging(level: str, style: str) -> None:
@@ -126,7 +139,7 @@ def configure_logging(level: str, style: str) -> None:
             )
         )
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
+        handler.setFormatter(TextFormatter("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -164,6 +177,9 @@ class RequestMiddleware:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception:
+            status = status or 500  # the answer to an unhandled exception is written outside of this middleware
+            raise
         finally:
             seconds = time.perf_counter() - started
             # the route's template, so that unknown paths cannot grow the number of series

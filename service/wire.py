@@ -22,9 +22,17 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from service import tensors
-from service.errors import BadRequest, InvalidRequest, Overloaded, PayloadTooLarge, UnsupportedMediaType
+from service.errors import (
+    BadRequest,
+    ClientDisconnected,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
 from service.settings import LimitSettings
 from service.telemetry import Telemetry
 
@@ -102,13 +110,16 @@ async def receive(request: Request, limits: LimitSettings, budget: ByteBudget) -
             budget.take(declared)
             taken = declared
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limits.body_bytes:
-                raise PayloadTooLarge(f"the body is over {limits.body_bytes} bytes")
-            if len(body) > taken:  # chunked transfer: the length was not told
-                budget.take(len(body) - taken)
-                taken = len(body)
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.body_bytes:
+                    raise PayloadTooLarge(f"the body is over {limits.body_bytes} bytes")
+                if len(body) > taken:  # chunked transfer: the length was not told
+                    budget.take(len(body) - taken)
+                    taken = len(body)
+        except ClientDisconnect as error:
+            raise ClientDisconnected("the client left while it was sending") from error
         if content_type == JSON:
             incoming = Incoming(content_type, bytes(body))
         elif content_type == SAFETENSORS:

@@ -45,6 +45,8 @@ def to_uint8(image: ImageLike) -> Bytes_HW3:
         scaled = _unit_range(array_HW3)
         scaled *= np.float32(255)
         array_HW3 = np.rint(scaled, out=scaled).astype(np.uint8)
+    if array_HW3.flags.c_contiguous:
+        return array_HW3.copy()
     # channel by channel: numpy copies [3, H, W] into [H, W, 3] four times slower in one go
     interleaved = np.empty(array_HW3.shape, np.uint8)
     for channel in range(3):

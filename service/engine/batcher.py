@@ -65,13 +65,14 @@ class Batcher:
         self.max_cost = max_cost
         self.max_delay_s = max_delay_s
         self.rate: float | None = None
-        """Cost finished per second while busy (moving average), measured since warm-up; None before."""
+        """Cost finished per second while there is work (moving average), first measured at warm-up; None before."""
         self._wakeup = wakeup
         self._telemetry = telemetry
         self._depth_gauge = telemetry.depth.labels(model)
         self._cost_gauge = telemetry.cost.labels(model)
         self._cost = 0
         self._preparing = 0
+        self._last_settled = 0.0
         self._ready: dict[Ticket, None] = {}  # insertion-ordered: a queue from which any ticket can leave at once
 
     # -- admission (event loop) ---------------------------------------------------------------------------------------
@@ -179,12 +180,15 @@ class Batcher:
 
     # -- results (lane) -----------------------------------------------------------------------------------------------
 
-    def settle(self, batch: list[Ticket], outcomes: list[Outcome], seconds: float) -> None:
-        """Answer a batch that took ``seconds``, free its cost and learn the rate."""
+    def settle(self, batch: list[Ticket], outcomes: list[Outcome]) -> None:
+        """Answer a batch, free its cost and learn the rate."""
         now = time.monotonic()
         with self._wakeup:
-            cost = sum(ticket.cost for ticket in batch)
-            self.learn(cost, seconds)
+            # Work on this batch began when the one before was settled, or with its own admission if that was later:
+            # decoding counts, and so does the time that other models of the lane took.
+            began = max(self._last_settled, min(ticket.admitted_at for ticket in batch))
+            self.learn(sum(ticket.cost for ticket in batch), now - began)
+            self._last_settled = now
             for ticket in batch:
                 ticket.finished_at, ticket.payload = now, None
                 self._leave(ticket, "settled")
@@ -192,7 +196,7 @@ class Batcher:
             ticket.settle(ticket, outcome)
 
     def learn(self, cost: float, seconds: float) -> None:
-        """Fold a measurement into the moving average of the rate (cost per second of work)."""
+        """Fold a measurement into the moving average of the rate (cost per second)."""
         rate = cost / max(seconds, 1e-6)
         self.rate = rate if self.rate is None else 0.8 * self.rate + 0.2 * rate
 

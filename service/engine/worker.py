@@ -94,24 +94,24 @@ class Worker:
             self._towers = TowerRunner(
                 self.model, self._bucket, *self._caches, text_micro_batch=max(1, self.options.micro_batch // 2)
             )
-        payload = self.prepare(self.model.canary(), "score")
         if self._towers is not None:
-            self._towers.warm_up(payload)
-        self.warm(payload)
+            self._towers.warm_up(self.prepare(self.model.canary(), "score"))
+        self.warm()
         self.loaded = True
         seconds = time.monotonic() - started
         self._telemetry.warmup.labels(self.name).set(seconds)
         log.info(
             "model ready",
             extra={"model": self.name, "seconds": round(seconds, 2), "fingerprint": self.fingerprint(),
-                   "dtype": str(self.model.dtype), "shape": self.shape, "samples_per_s": round(self.batcher.rate or 0)},
+                   "dtype": self.dtype(), "shape": self.shape, "samples_per_s": round(self.batcher.rate or 0)},
         )  # fmt: skip
 
-    def warm(self, payload: Any) -> None:
+    def warm(self) -> None:
         """Score a full batch of the canary: proves the model and measures the rate that Retry-After starts from."""
+        canary = self.model.canary()
         for _ in range(2):  # the first pass pays for allocations
-            batch = [payload] * self.full
             started = time.monotonic()
+            batch = [self.prepare(canary, "score") for _ in range(self.full)]
             failures = [outcome for outcome in self._score(batch) if isinstance(outcome, SampleError)]
             if failures:
                 raise RuntimeError(f"{self.name} does not score its own canary: {failures[0].message}")
@@ -182,15 +182,13 @@ class Worker:
 
     def process(self, batch: list[Ticket]) -> None:
         """Run a batch and settle every ticket of it, whatever happens to single samples."""
-        started = time.monotonic()
         job = batch[0].job
         outcomes = self._bisect(job, [ticket.payload for ticket in batch])
-        seconds = time.monotonic() - started
         if any(not isinstance(outcome, ModelError) for outcome in outcomes):
             self.last_success = time.monotonic()
         self._telemetry.batch.labels(self.name).observe(len(batch))
         self._telemetry.samples.labels(self.name, job).inc(len(batch))
-        self.batcher.settle(batch, outcomes, seconds)
+        self.batcher.settle(batch, outcomes)
 
     def _bisect(self, job: Job, payloads: Sequence[Any]) -> list[Outcome]:
         """Outcomes of ``payloads``; when the batch raises, halves are tried until only the guilty samples fail."""

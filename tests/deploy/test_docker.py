@@ -110,6 +110,11 @@ def test_everything_written_lies_in_a_volume_or_tmp(dockerfile: str) -> None:
     assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
+def test_nothing_reports_usage(dockerfile: str) -> None:
+    (environment,) = [arguments for name, arguments in stages(dockerfile)["service"][1] if name == "ENV"]
+    assert {"ORT_DISABLE_TELEMETRY=1", "HF_HUB_DISABLE_TELEMETRY=1"} <= set(environment.split())
+
+
 def test_the_service_is_asked_whether_it_is_ready_and_told_to_end_by_sigterm(dockerfile: str) -> None:
     final = dict(stages(dockerfile)["service"][1])
     assert final["HEALTHCHECK"].endswith('CMD ["python3", "/opt/reward-service/healthcheck.py"]')
@@ -141,21 +146,32 @@ def context_files() -> Iterator[str]:
 
 def test_the_context_is_small_and_holds_what_is_copied(dockerfile: str) -> None:
     files = set(context_files())
-    assert {name.split("/")[0] for name in files} <= {"models", "service", "docker", "pyproject.toml", "README.md", "LICENSE"}
+    assert {name.split("/")[0] for name in files} <= {
+        "models",
+        "service",
+        "docker",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }
     assert not any("__pycache__" in name for name in files)
     assert sum((ROOT / name).stat().st_size for name in files) < 32 << 20
     for stage, (_, body) in stages(dockerfile).items():
         for name, arguments in body:
             for source in arguments.split()[:-1] if name == "COPY" else []:
                 wanted = source.removeprefix("./")
-                assert any(file == wanted or file.startswith(wanted + "/") for file in files), f"{stage} copies {source}"
+                assert any(file == wanted or file.startswith(wanted + "/") for file in files), (
+                    f"{stage} copies {source}"
+                )
 
 
 def test_requirements_are_those_of_the_project(tmp_path: Path) -> None:
     pyproject = tmp_path / "pyproject.toml"
     pyproject.write_text('[project]\nname = "x"\ndependencies = ["torch>=2.9", "uvicorn[standard]"]\n')
     command = [sys.executable, str(DOCKER / "list_requirements.py"), str(pyproject)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "torch>=2.9\nuvicorn[standard]\n"
+    assert (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout == "torch>=2.9\nuvicorn[standard]\n"
+    )
     pyproject.write_text('[project]\nname = "x"\n')
     assert subprocess.run(command, capture_output=True, text=True, check=False).returncode != 0
 

@@ -24,8 +24,8 @@ def model() -> OcrReward:
     return OcrReward.load(LoadOptions())
 
 
-def sample(target: str, image: Image.Image, **metadata: Any) -> Sample:
-    return Sample(f'a poster with the words "{target}"', Candidate(image=image), metadata=metadata)
+def sample(quoted: str, image: Image.Image, **metadata: Any) -> Sample:
+    return Sample(f'a poster with the words "{quoted}"', Candidate(image=image), metadata=metadata)
 
 
 def outputs(model: OcrReward, samples: Sequence[Sample]) -> list[Output]:
@@ -78,7 +78,9 @@ def test_another_image_and_another_prompt_have_other_scores(model: OcrReward) ->
 def test_colours_reach_the_reader_as_they_are_seen(model: OcrReward) -> None:
     """Red on blue of equal green: only a reader that gets all channels tells the text from the background."""
     image = wide("COLOUR")
-    image = Image.composite(Image.new("RGB", image.size, (0, 0, 200)), Image.new("RGB", image.size, (230, 0, 0)), image.convert("L"))
+    image = Image.composite(
+        Image.new("RGB", image.size, (0, 0, 200)), Image.new("RGB", image.size, (230, 0, 0)), image.convert("L")
+    )
     assert outputs(model, [sample("colour", image)])[0].score == 1.0
 
 
@@ -177,5 +179,3 @@ def test_loads_without_network_and_without_a_word() -> None:
         [sys.executable, "-c", LOADS_QUIETLY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-

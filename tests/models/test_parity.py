@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
-from PIL import Image
+from PIL import Image, features
 from rich.console import Console
 
 from models import parity
+from models.jpeg import jpeg_kilobytes
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -66,29 +68,114 @@ def test_it_runs_as_a_module() -> None:
     assert "incompressibility" in done.stdout
 
 
-def change_kilobytes(document: Any) -> None:
-    document["scores"][1]["incompressibility_kB"] += 0.001
+def change_size(document: Any) -> None:
+    document["scores"][1]["incompressibility_kB"] *= 1.01
 
 
-def change_compressibility(document: Any) -> None:
-    document["scores"][1]["compressibility"] *= -1
+def change_reward(document: Any) -> None:
+    document["scores"][1]["compressibility"] *= 1.01
 
 
 def change_grey(document: Any) -> None:
-    next(case for case in document["scores"] if case["image"] == "gray")["as_2d_gray_array"] = 69.909
+    case = next(case for case in document["scores"] if "as_2d_gray_array" in case)
+    case["as_2d_gray_array"] = case["incompressibility_kB"]
+
+
+def change_to_not_a_number(document: Any) -> None:
+    document["scores"][0]["compressibility"] = float("nan")
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (change_kilobytes, "incompressibility"),
-        (change_compressibility, "compressibility"),
+        (change_size, "incompressibility"),
+        (change_reward, "compressibility"),
         (change_grey, "grey stays grey"),
+        (change_to_not_a_number, "compressibility"),
     ],
 )
-def test_a_changed_size_is_off(copy: Path, change: Callable[[Any], None], name: str) -> None:
-    edit(copy / "pointwise" / "jpeg.json", lambda document: document.update(library=topics_library()))
+def test_a_changed_jpeg_number_is_off(copy: Path, change: Callable[[Any], None], name: str) -> None:
     edit(copy / "pointwise" / "jpeg.json", change)
-    found = topics(copy)
-    assert [topic for topic, value in found.items() if not value.ok] == ([name] if same_bytes() else [name])
-    assert run(copy)[0] == 1
+    assert [topic.name for _, topic in parity.run(copy).topics if not topic.ok] == [name]
+    status, text = run(copy)
+    assert status == 1
+    assert "off" in text
+
+
+def test_one_byte_counts_with_the_same_library_and_not_with_another(copy: Path) -> None:
+    def of_this_library(document: Any) -> None:
+        document["library"] |= {"pillow": PIL.__version__, "libjpeg_turbo": features.version("libjpeg_turbo")}
+        largest_image = max(document["scores"], key=lambda case: case["incompressibility_kB"])
+        stored = Image.open(copy / "pointwise" / "images" / f"{largest_image['image']}.png")
+        largest_image["incompressibility_kB"] = jpeg_kilobytes(stored.convert("RGB")) + 0.001
+
+    def of_another(document: Any) -> None:
+        document["library"]["libjpeg_turbo"] = "1.0"
+
+    edit(copy / "pointwise" / "jpeg.json", of_this_library)
+    assert not topics(copy)["incompressibility"].ok
+    edit(copy / "pointwise" / "jpeg.json", of_another)
+    assert topics(copy)["incompressibility"].ok
+
+
+@pytest.mark.parametrize("index", [0, 2, 9])
+def test_a_changed_ocr_reward_is_off(copy: Path, index: int) -> None:
+    def change(document: Any) -> None:
+        document["cases"][index]["reward"] -= 1e-9
+
+    edit(copy / "pointwise" / "ocr_text.json", change)
+    assert [topic.name for _, topic in parity.run(copy).topics if not topic.ok] == ["reward"]
+
+
+def test_a_prompt_that_the_reference_refuses_must_be_refused(copy: Path) -> None:
+    def change(document: Any) -> None:
+        case = next(case for case in document["cases"] if "reference_error" in case)
+        case["prompt"] = 'now there is a "target"'
+
+    edit(copy / "pointwise" / "ocr_text.json", change)
+    assert [topic.name for _, topic in parity.run(copy).topics if not topic.ok] == ["prompt without target"]
+
+
+def test_other_images_of_other_sizes_work(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    kilobytes = len(file.getvalue()) / 1000
+    case = {"image": "noise", "incompressibility_kB": kilobytes, "compressibility": -kilobytes / 500}
+    (tmp_path / "inputs.json").write_text(json.dumps({"images": {"noise": {"file": "a.png"}}}))
+    (tmp_path / "jpeg.json").write_text(json.dumps({"library": {}, "scores": [case]}))
+    assert run(tmp_path)[0] == 0
+
+
+def test_unknown_kinds_are_listed_and_do_not_fail(copy: Path) -> None:
+    (copy / "rl").mkdir()
+    (copy / "rl" / "unheard_of.npz").write_bytes(b"")
+    status, text = run(copy)
+    assert status == 0
+    assert "nobody handles yet: rl: unheard_of.npz" in text
+    assert "inputs.json" not in text
+
+
+def test_a_folder_with_nothing_handled_fails(tmp_path: Path) -> None:
+    (tmp_path / "unheard_of.json").write_text("{}")
+    status, text = run(tmp_path)
+    assert status == 2
+    assert "nothing here is handled" in text
+
+
+def test_a_file_without_cases_is_an_error(copy: Path) -> None:
+    edit(copy / "pointwise" / "ocr_text.json", lambda document: document.update(cases=[]))
+    with pytest.raises(ValueError, match=r"ocr_text\.json holds no case"):
+        parity.run(copy)
+
+
+def test_a_kind_has_one_handler() -> None:
+    parity.run(FIXTURES)
+    with pytest.raises(ValueError, match=r"jpeg\.json"):
+        parity.parity_kind("jpeg.json")(lambda file: [])
+
+
+def test_largest_error_does_not_lose_what_is_not_a_number() -> None:
+    assert parity.largest([0.1, 0.3, 0.2]) == 0.3
+    assert not parity.Topic("x", 2, parity.largest([0.1, float("nan"), 0.2]), 1.0).ok

@@ -280,17 +280,17 @@ def test_strengths_are_finite_and_sum_to_zero_in_each_component(
 
 
 def test_perfect_separation_is_finite_ordered_and_uncertain() -> None:
-    matrix = probability_matrix({pair: 1.0 for pair in all_pairs(6)}, 6)
+    matrix = probability_matrix(dict.fromkeys(all_pairs(6), 1.0), 6)
     separated = bradley_terry(matrix)
     assert ranking(separated.strength) == [0, 1, 2, 3, 4, 5]
     assert max(map(abs, numbers(separated.strength))) < 3 * PRIOR_STD
-    overlapping = bradley_terry(probability_matrix({pair: 0.7 for pair in all_pairs(6)}, 6))
+    overlapping = bradley_terry(probability_matrix(dict.fromkeys(all_pairs(6), 0.7), 6))
     assert min(numbers(separated.stderr)) > 2 * max(numbers(overlapping.stderr))
 
 
 def test_the_prior_is_weak() -> None:
     """One judgement of 0.8 a pair: the prior moves strengths by less than a tenth of their errors."""
-    matrix = probability_matrix({pair: 0.8 for pair in all_pairs(4)}, 4)
+    matrix = probability_matrix(dict.fromkeys(all_pairs(4), 0.8), 4)
     with_prior, without = bradley_terry(matrix), bradley_terry(matrix, prior_std=1e5)
     shift = np.abs(numbers(with_prior.strength) - numbers(without.strength))
     assert 0 < shift.max() < 0.1 * min(numbers(without.stderr))

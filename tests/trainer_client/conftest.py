@@ -12,6 +12,7 @@ import json
 import math
 import socket
 import struct
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -96,6 +97,12 @@ class RewardServer(ThreadingHTTPServer):
         self.plays: deque[Play] = deque()
         self.default: Play = lambda handler, received: answer_well(handler, received, lambda answer: answer)
         self.released = threading.Event()
+        self.faults: list[BaseException | None] = []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        fault = sys.exc_info()[1]
+        if not isinstance(fault, ConnectionError):  # clients may leave; anything else is a fault of this server
+            self.faults.append(fault)
 
     @property
     def url(self) -> str:
@@ -287,6 +294,7 @@ def server() -> Iterator[RewardServer]:
         server.released.set()
         server.shutdown()
         thread.join()
+    assert server.faults == []
 
 
 @pytest.fixture

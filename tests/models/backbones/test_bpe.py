@@ -1,6 +1,7 @@
 """The BPE here gives open_clip's ids for every text, and long words do not take quadratic time."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,9 @@ def test_ids_are_open_clips(prompt: str) -> None:
     assert bpe.encode(prompt, EVERYTHING) == REFERENCE.encode(prompt)
 
 
-@pytest.mark.parametrize("prompt", ["", "<start_of_text> hi <END_OF_TEXT>x", "don't we'll I'M", "&amp;amp; ﬁ", "\ud800 x"])
+@pytest.mark.parametrize(
+    "prompt", ["", "<start_of_text> hi <END_OF_TEXT>x", "don't we'll I'M", "&amp;amp; ﬁ", "\ud800 x"]
+)
 def test_ids_are_open_clips_for_odd_prompts(prompt: str) -> None:
     assert bpe.encode(prompt, EVERYTHING) == REFERENCE.encode(prompt)
 
@@ -43,7 +46,7 @@ def test_merging_follows_its_definition_for_any_ranking(word: str, products: lis
 
 def naive_merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     while True:
-        known = [pair for pair in zip(symbols, symbols[1:], strict=False) if pair in ranks]
+        known = [pair for pair in pairwise(symbols) if pair in ranks]
         if not known:
             return symbols
         best = min(known, key=lambda pair: ranks[pair])

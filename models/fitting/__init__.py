@@ -1,0 +1,1 @@
+"""Fitting reward models to preferences."""

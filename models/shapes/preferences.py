@@ -1,0 +1,180 @@
+"""Training and test data of shapes-clip: pictures under prompts with the truth known, and which of two is better.
+
+What a picture shows decides first (exact plus soft score of its scene, known without looking at the pixels); between
+pictures that show the same, the one less blurred and less noisy is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from models.shapes.prompts import TASKS, Prompt, Task
+from models.shapes.rules import Found, exact_score, soft_score
+from models.shapes.scenes import EVERYTHING, Split, near_miss, random_prompt, random_scene, right_scene, truth
+from models.shapes.world import Scene, degrade, render_batch
+
+TRAINING_SPLIT = Split(
+    held_out=frozenset(
+        {("circle", "purple"), ("square", "orange"), ("triangle", "cyan"), ("cross", "red"), ("star", "green")}
+    ),
+    held_out_pairs=frozenset(map(frozenset, (("yellow", "purple"), ("green", "pink"), ("orange", "cyan")))),
+)
+"""Every training scene and prompt is admitted by it; the out-of-domain test asks for what it holds out."""
+
+SIZES = (32, 40, 48, 64, 80, 96)
+"""Pixels that scenes are rendered with, before the resize to the model's size."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A scene as it is rendered: size in pixels, and how much it is degraded (0 not at all, 1 mildly, 2 badly)."""
+
+    scene: Scene
+    size: int = 64
+    damage: int = 0
+
+
+def random_picture(scene: Scene, rng: np.random.Generator, damage: int | None = None) -> Picture:
+    """A picture of random size; without a given ``damage``, 65 % are clean, 20 % mildly and 15 % badly degraded."""
+    if damage is None:
+        damage = int(rng.choice(3, p=(0.65, 0.2, 0.15)))
+    return Picture(scene, int(rng.choice(SIZES)), damage)
+
+
+def draw(pictures: Sequence[Picture], rng: np.random.Generator) -> list[PILImage.Image]:
+    """Render in the order given. Blur grows with the size, so that damage looks alike at all sizes."""
+    images: list[PILImage.Image] = [PILImage.new("RGB", (1, 1))] * len(pictures)
+    for size in sorted({picture.size for picture in pictures}):
+        chosen = [i for i, picture in enumerate(pictures) if picture.size == size]
+        for i, pixels in zip(chosen, render_batch([pictures[i].scene for i in chosen], size), strict=True):
+            images[i] = PILImage.fromarray(_damage(pixels, pictures[i].damage, size, rng))
+    return images
+
+
+def _damage(pixels: NDArray[np.uint8], damage: int, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    if damage == 0:
+        return pixels
+    low, high = ((0.5, 0.8), (0.03, 0.08)) if damage == 1 else ((1.1, 1.6), (0.12, 0.2))
+    way = int(rng.integers(3))
+    blur = float(rng.uniform(*low)) * size / 32 if way != 1 else 0.0
+    noise = float(rng.uniform(*high)) if way != 0 else 0.0
+    return degrade(pixels[None], rng, blur=blur, noise=noise)[0]
+
+
+def content(prompt: Prompt, found: Sequence[Found]) -> float:
+    """How well a picture shows what the prompt asks for: exact plus soft score, in [0, 2]."""
+    return exact_score(prompt, found) + soft_score(prompt, found)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """G prompts and N pictures, the k-th group of N / G made for the k-th prompt; content float32 [G, N], damage [N]."""
+
+    prompts: list[Prompt]
+    pictures: list[Picture]
+    images: list[PILImage.Image]
+    content_GN: NDArray[np.float32]
+    damage_N: NDArray[np.int64]
+
+
+def admitted_prompt(rng: np.random.Generator, split: Split, task: Task | None = None) -> Prompt:
+    """A random prompt without held-out compositions."""
+    while True:
+        prompt = random_prompt(rng, task)
+        if split.admits(prompt):
+            return prompt
+
+
+def group(prompt: Prompt, rng: np.random.Generator, size: int, split: Split) -> list[Picture]:
+    """``size`` >= 4 pictures for one prompt: two right ones (one of them degraded by chance), then near misses with 1 to 3
+    faults, and sometimes a picture that has nothing to do with the prompt."""
+    scene = right_scene(prompt, rng, split)
+    pictures = [random_picture(scene, rng, 0)]
+    again = scene if rng.random() < 0.5 else right_scene(prompt, rng, split)
+    pictures.append(random_picture(again, rng))
+    while len(pictures) < size:
+        if len(pictures) == size - 1 and rng.random() < 0.3:
+            scene = random_scene(rng, int(rng.integers(0, 6)), split)
+        else:
+            faults = int(rng.choice(3, p=(0.65, 0.2, 0.15))) + 1
+            scene = near_miss(prompt, rng, faults, split=split)[0]
+        pictures.append(random_picture(scene, rng))
+    return pictures
+
+
+TASK_WEIGHTS: dict[Task, float] = {
+    "single_object": 0.08,
+    "two_object": 0.14,
+    "counting": 0.18,
+    "colors": 0.1,
+    "position": 0.27,
+    "color_attr": 0.23,
+}
+"""How often each task is trained; relations and attributes are learned last and need the most."""
+
+
+def training_batch(rng: np.random.Generator, prompts: int, per_prompt: int, split: Split = TRAINING_SPLIT) -> Batch:
+    """A batch of groups; every picture's content is known under every prompt of the batch."""
+    tasks = rng.choice(len(TASKS), prompts, p=[TASK_WEIGHTS[task] for task in TASKS])
+    chosen = [admitted_prompt(rng, split, TASKS[i]) for i in tasks]
+    pictures = [picture for prompt in chosen for picture in group(prompt, rng, per_prompt, split)]
+    found = [truth(picture.scene) for picture in pictures]
+    values = np.array([[content(prompt, things) for things in found] for prompt in chosen], np.float32)
+    damage = np.array([picture.damage for picture in pictures], np.int64)
+    return Batch(chosen, pictures, draw(pictures, rng), values, damage)
+
+
+# ------------------------------------------------------------------------------------------------------ test pairs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures for one prompt, the first better than the second, and what sets them apart."""
+
+    prompt: Prompt
+    better: Picture
+    worse: Picture
+    kind: str
+
+
+def _pair(prompt: Prompt, kind: str, rng: np.random.Generator, split: Split) -> Pair:
+    right = right_scene(prompt, rng, split)
+    if kind == "degraded":
+        size = int(rng.choice(SIZES))
+        return Pair(prompt, Picture(right, size), Picture(right, size, 2), kind)
+    if kind == "near_miss":
+        other = near_miss(prompt, rng, 1, split=split)[0]
+        return Pair(prompt, random_picture(right, rng), random_picture(other, rng), kind)
+    if kind == "unrelated":
+        other = random_scene(rng, int(rng.integers(1, 5)), split)
+        while exact_score(prompt, truth(other)):
+            other = random_scene(rng, int(rng.integers(1, 5)), split)
+        return Pair(prompt, random_picture(right, rng), random_picture(other, rng), kind)
+    while True:
+        scenes = [near_miss(prompt, rng, faults, split=split)[0] for faults in (1, 3)]
+        one, three = (content(prompt, truth(scene)) for scene in scenes)
+        if one > three + 0.05:
+            return Pair(prompt, random_picture(scenes[0], rng), random_picture(scenes[1], rng), kind)
+
+
+KINDS = ("near_miss", "near_miss", "near_miss", "fewer_faults", "unrelated", "degraded")
+"""Kinds of test pairs in turn: half of them differ by a single fault."""
+
+
+def held_out_pairs(rng: np.random.Generator, count: int, *, out_of_domain: bool = False) -> list[Pair]:
+    """``count`` pairs, tasks and kinds in equal shares; out of domain every prompt asks for a held-out composition."""
+    wanted: Callable[[Prompt], bool] = lambda prompt: TRAINING_SPLIT.admits(prompt) != out_of_domain  # noqa: E731
+    tasks = ("counting", "colors", "position", "color_attr") if out_of_domain else TASKS
+    split = EVERYTHING if out_of_domain else TRAINING_SPLIT
+    pairs = []
+    for i in range(count):
+        prompt = random_prompt(rng, tasks[i % len(tasks)])
+        while not wanted(prompt):
+            prompt = random_prompt(rng, tasks[i % len(tasks)])
+        pairs.append(_pair(prompt, KINDS[(i // len(tasks)) % len(KINDS)], rng, split))
+    return pairs
