@@ -223,6 +223,7 @@ def check_security(manifests: Manifests) -> Iterator[str]:
             "seccompProfile RuntimeDefault": context.get("seccompProfile", {}).get("type") == "RuntimeDefault",
             "automountServiceAccountToken: false": pod.get("automountServiceAccountToken") is False,
             "enableServiceLinks: false": pod.get("enableServiceLinks") is False,
+            "shareProcessNamespace: true": pod.get("shareProcessNamespace") is True,
             "no host namespace": not any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")),
             "no hostPath volume": not any("hostPath" in volume for volume in pod.get("volumes", [])),
         }

@@ -189,10 +189,13 @@ def from_array(array: NDArray[Any], limits: ImageLimits | None = None) -> Decode
 
 
 def _digest(size: tuple[int, int], pixels: bytes | memoryview) -> str:
-    """blake2b-128 over the size and the RGB bytes: equal for equal pixels, however they were encoded."""
-    hasher = hashlib.blake2b(struct.pack(">II", *size), digest_size=16, person=b"rgb-image")
+    """sha256 (cut to 128 bits) over the size and the RGB bytes: equal for equal pixels, however they were encoded.
+
+    Processors with SHA instructions hash a 512x512 image in half the time of blake2b.
+    """
+    hasher = hashlib.sha256(b"rgb-image" + struct.pack(">II", *size))
     hasher.update(pixels)
-    return hasher.hexdigest()
+    return hasher.hexdigest()[:32]
 
 
 def _render(header: Header) -> Image.Image:

@@ -14,6 +14,9 @@ import yaml
 
 from k8s import check, rules
 from k8s.rules import Document, Manifests
+from service.app import create_app
+from service.settings import Settings
+from service.telemetry import Telemetry
 
 Perturbation = Callable[[Manifests], object]
 
@@ -139,6 +142,20 @@ def test_the_autoscaler_reads_a_metric_that_the_adapter_serves(gpu: Manifests) -
     assert rule["seriesQuery"].startswith(rule["name"]["as"] + "{")
 
 
+def test_probes_and_scrapes_ask_routes_of_the_service(gpu: Manifests) -> None:
+    routes = create_app(Settings()).openapi()["paths"]
+    asked = {container_of(gpu)[probe]["httpGet"]["path"] for probe in rules.PROBE_ROUTES}
+    asked |= {endpoint["path"] for endpoint in only(gpu, "PodMonitor")["spec"]["podMetricsEndpoints"]}
+    assert asked == {"/health/live", "/health/ready", "/metrics"}
+    assert {path for path in asked if "get" not in routes.get(path, {})} == set()
+
+
+def test_the_autoscaler_reads_a_gauge_of_the_service(gpu: Manifests) -> None:
+    (metric,) = only(gpu, "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] in {family.name for family in Telemetry().registry.collect()}
+    assert int(metric["pods"]["target"]["averageValue"]) < Settings().queue.max_cost, "scales before it answers 429"
+
+
 def pod(manifests: Manifests) -> Document:
     return rules.pod_of(only(manifests, "Deployment"))
 
@@ -183,6 +200,7 @@ PERTURBATIONS: dict[str, tuple[Perturbation, str]] = {
     "pod token": (lambda m: pod(m).pop("automountServiceAccountToken"), "wants automountServiceAccountToken"),
     "account token": (lambda m: only(m, "ServiceAccount").pop("automountServiceAccountToken"), "mounts its token"),
     "service links": (lambda m: pod(m).pop("enableServiceLinks"), "wants enableServiceLinks: false"),
+    "process 1": (lambda m: pod(m).pop("shareProcessNamespace"), "wants shareProcessNamespace: true"),
     "host network": (lambda m: pod(m).update(hostNetwork=True), "wants no host namespace"),
     "host path": (lambda m: pod(m)["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), "wants no hostPath"),
     "latest image": (lambda m: container_of(m).update(image="registry:5000/reward-service:latest"), "no fixed tag"),
@@ -277,6 +295,12 @@ def test_a_broken_kustomization_is_named(tmp_path: Path) -> None:
         check.render(tmp_path)
 
 
-def test_the_check_passes_as_a_command(rendered: dict[str, Manifests], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tells_and_its_exit_code_says_whether_all_is_well(
+    cpu: Manifests, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "rendered", lambda: iter([("overlays/cpu", cpu)]))
     assert check.main() == 0
     assert "0 problems" in capsys.readouterr().out
+    container_of(cpu)["securityContext"].pop("readOnlyRootFilesystem")
+    assert check.main() == 1
+    assert "wants readOnlyRootFilesystem" in capsys.readouterr().out
