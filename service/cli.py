@@ -37,17 +37,14 @@ def serve(
     """Load the models of the settings and answer HTTP until SIGTERM."""
     if config is not None:
         os.environ["REWARD_CONFIG"] = str(config)
-    from pydantic import ValidationError
-
-    from service.settings import Settings
+    from service.settings import Settings, SettingsProblem, load_settings
     from service.telemetry import configure_logging
 
     given: dict[str, Any] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     try:
-        settings = Settings(**given)
-        settings.bearer_keys()
-    except (ValidationError, ValueError, OSError) as error:
-        _stop(f"settings: {error}")
+        settings: Settings = load_settings(**given)
+    except SettingsProblem as problem:
+        _stop(f"settings: {problem}")
     configure_logging(settings.log_level, settings.log_format)
     from service.app import create_app  # imports torch: after the settings, so that a typo is told at once
     from service.process import bind
@@ -185,7 +182,7 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
 
 
 def _stop(message: str) -> NoReturn:
-    Console(stderr=True).print(message, style="red", markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False, highlight=False)
     raise typer.Exit(2)
 
 

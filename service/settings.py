@@ -10,8 +10,15 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
 
 Device = Literal["auto", "cpu", "cuda"] | str
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -159,3 +166,20 @@ class Settings(BaseSettings):
                 raise ValueError(f"api_keys_file {self.api_keys_file} holds no key")
             keys += from_file
         return keys
+
+
+class SettingsProblem(Exception):
+    """The settings cannot be used; the message is one line for the person who wrote them."""
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from arguments, environment and file, with their keys checked; raises SettingsProblem."""
+    try:
+        settings = Settings(**given)
+        settings.bearer_keys()
+    except ValidationError as error:
+        parts = (f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
+        raise SettingsProblem("; ".join(parts)) from error
+    except (SettingsError, yaml.YAMLError, ValueError, OSError) as error:
+        raise SettingsProblem(" ".join(str(error).split())) from error
+    return settings

@@ -48,7 +48,7 @@ class Telemetry:
     """All metrics of one app, in a registry of its own. Defined in docs/metrics.md."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a second series per counter that nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "reward_requests", "HTTP requests answered", ["route", "method", "status"], registry=registry

@@ -41,7 +41,8 @@ class Stager:
         if key not in self._buffers:
             self._buffers[key] = [
                 _Pinned(
-                    torch.empty((len(rows), *rows[0].shape), dtype=rows[0].dtype, pin_memory=True), torch.cuda.Event()
+                    torch.empty(shape, dtype=rows[0].dtype, pin_memory=True),
+                    torch.cuda.Event(),  # type: ignore[no-untyped-call]
                 )
                 for _ in range(BUFFERS)
             ]
