@@ -239,7 +239,7 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class TowerInput:
-    """A prepared sample of a :class:`TowerReward`: uint8 or float pixels [3, S, S] and int64 tokens [L], both on the CPU."""
+    """A prepared sample of a :class:`TowerReward`, on the CPU: uint8 or float pixels [3, S, S], int64 tokens [L]."""
 
     pixels: Tensor
     tokens: Tensor

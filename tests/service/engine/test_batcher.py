@@ -85,7 +85,7 @@ def test_cost_counts_forward_passes_and_is_free_when_settled() -> None:
     assert batcher.cost == COST["score"] + COST["gradient"] == 4
     batch = batcher.take(8)
     assert batcher.cost == 4  # running work still counts
-    batcher.settle(batch, [Output(1.0)], 0.1)
+    batcher.settle(batch, [Output(1.0)])
     assert batcher.cost == 3
 
 
@@ -111,14 +111,28 @@ def test_retry_after_is_the_time_until_the_request_would_fit(rate: float | None,
     assert refusal.value.retry_after_s == seconds
 
 
-def test_the_rate_is_a_moving_average_of_cost_per_second() -> None:
+def test_the_rate_is_a_moving_average_of_cost_per_second_from_admission_or_the_last_batch(clock: Clock) -> None:
     batcher = make()
-    queued(batcher, *(ticket() for _ in range(4)))
-    batcher.settle(batcher.take(4), [Output(0.0)] * 4, 2.0)
-    assert batcher.rate == 2.0
-    queued(batcher, ticket("gradient"))
-    batcher.settle(batcher.take(4), [Output(0.0)], 0.5)
-    assert batcher.rate == pytest.approx(0.8 * 2.0 + 0.2 * 6.0)
+    early = [ticket() for _ in range(4)]
+    for entry in early:
+        entry.admitted_at = clock.now
+    queued(batcher, *early)
+    clock.now += 2.0
+    batcher.settle(batcher.take(4), [Output(0.0)] * 4)
+    assert batcher.rate == 2.0  # decoding and waiting count: 4 in the 2 s since admission
+    waited = ticket("gradient")
+    waited.admitted_at = clock.now - 1.0
+    queued(batcher, waited)
+    clock.now += 0.5
+    batcher.settle(batcher.take(4), [Output(0.0)])
+    assert batcher.rate == pytest.approx(0.8 * 2.0 + 0.2 * 6.0)  # time that the batch before used counts once
+    idle = ticket()
+    clock.now += 1000.0
+    idle.admitted_at = clock.now
+    queued(batcher, idle)
+    clock.now += 0.25
+    batcher.settle(batcher.take(4), [Output(0.0)])
+    assert batcher.rate == pytest.approx(0.8 * 2.8 + 0.2 * 4.0)  # idle time does not slow the rate
 
 
 def test_a_full_batch_and_an_idle_decoder_do_not_wait(clock: Clock) -> None:
@@ -214,7 +228,7 @@ def test_a_running_or_finished_sample_cannot_be_dropped() -> None:
     batch = batcher.take(8)
     assert not batcher.drop(entry, "disconnect")
     assert batcher.cost == 1
-    batcher.settle(batch, [Output(0.5)], 0.1)
+    batcher.settle(batch, [Output(0.5)])
     assert not batcher.drop(entry, "disconnect")
     assert (batcher.cost, answers, entry.payload) == (0, [Output(0.5)], None)
 
@@ -273,7 +287,7 @@ def test_settling_a_batch_with_too_few_outcomes_raises() -> None:
     batcher = make()
     queued(batcher, ticket(), ticket())
     with pytest.raises(ValueError, match="shorter"):
-        batcher.settle(batcher.take(2), [Output(1.0)], 0.1)
+        batcher.settle(batcher.take(2), [Output(1.0)])
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -322,7 +336,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(batch=consumes(batches))
     def settle(self, batch: list[Ticket]) -> None:
-        self.batcher.settle(batch, [Output(0.0)] * len(batch), 0.01)
+        self.batcher.settle(batch, [Output(0.0)] * len(batch))
 
     @invariant()
     def cost_is_that_of_live_tickets(self) -> None:
@@ -384,7 +398,7 @@ def test_under_concurrent_hammering_every_ticket_ends_once_and_the_cost_returns_
             with wakeup:
                 batch = batcher.take(8)
             if batch:
-                batcher.settle(batch, [Output(0.0)] * len(batch), 1e-4)
+                batcher.settle(batch, [Output(0.0)] * len(batch))
             elif stopping.is_set():
                 return
 
