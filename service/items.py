@@ -31,17 +31,13 @@ def check(items: Sequence[ItemIn], limits: LimitSettings) -> None:
         raise InvalidRequest(f"a request has at most {limits.items} items, not {len(items)}", code="too_many_items")
     total = 0
     for item in items:
-        candidates = item.all_candidates()
-        images = sum(len(candidate.frames or [None]) for candidate in candidates)
+        images = _images(item)
         if images > limits.images_per_item:
             raise InvalidRequest(
                 f"an item has at most {limits.images_per_item} images, not {images}", code="too_many_images"
             )
         total += images
-        texts = [item.prompt, *(candidate.text or "" for candidate in candidates)]
-        if item.context is not None:
-            texts += [item.context.question or "", item.context.task or "", item.context.criterion or ""]
-        if max(map(len, texts)) > limits.prompt_chars:
+        if max(map(len, _texts(item))) > limits.prompt_chars:
             raise InvalidRequest(f"a text is over {limits.prompt_chars} characters", code="prompt_too_long")
         if item.metadata and len(json.dumps(item.metadata)) > limits.metadata_bytes:
             raise InvalidRequest(f"metadata is over {limits.metadata_bytes} bytes", code="metadata_too_large")
@@ -49,6 +45,26 @@ def check(items: Sequence[ItemIn], limits: LimitSettings) -> None:
         raise InvalidRequest(
             f"a request has at most {limits.images_per_request} images, not {total}", code="too_many_images"
         )
+
+
+def _everything(item: ItemIn) -> list[CandidateIn]:
+    return [*item.all_candidates(), *([item.reference] if item.reference is not None else [])]
+
+
+def _images(item: ItemIn) -> int:
+    """Images of the candidates, the reference and the context; a text counts as one."""
+    images = sum(len(candidate.frames or [None]) for candidate in _everything(item))
+    if item.context is not None:
+        context = item.context
+        images += len(context.frames or []) + (context.image is not None) + (context.mask is not None)
+    return images
+
+
+def _texts(item: ItemIn) -> list[str]:
+    texts = [item.prompt, *(candidate.text or "" for candidate in _everything(item))]
+    if item.context is not None:
+        texts += [item.context.question or "", item.context.task or "", item.context.criterion or ""]
+    return texts
 
 
 def makers(incoming: Incoming, items: Sequence[ItemIn], limits: ImageLimits, *, with_context: bool) -> list[Maker]:

@@ -58,7 +58,7 @@ def _header(raw: bytes) -> dict[str, Any]:
 def _tensor(name: str, entry: Any, data: memoryview, spans: list[tuple[int, int]]) -> NDArray[Any]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _malformed("a tensor's entry is not {dtype, shape, data_offsets}")
-    if entry["dtype"] not in _DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
         raise BadRequest("tensors are U8 or F32", code="unsupported_tensor_dtype")
     dtype = _DTYPES[entry["dtype"]]
     shape, offsets = entry["shape"], entry["data_offsets"]

@@ -84,7 +84,7 @@ class Incoming:
             found = error.errors(include_input=False, include_url=False, include_context=False)
             if any(entry["type"] == "json_invalid" for entry in found):
                 raise BadRequest("the body is not valid JSON", code="invalid_json") from error
-            entries = [{"loc": list(e["loc"])[:8], "msg": e["msg"][:200], "type": e["type"]} for e in found[:20]]
+            entries = [{"loc": _short(e["loc"]), "msg": e["msg"][:200], "type": e["type"]} for e in found[:20]]
             first = f"{'.'.join(str(part) for part in entries[0]['loc'])}: {entries[0]['msg']}"
             raise InvalidRequest(f"the request does not fit its schema: {first}"[:400], errors=entries) from error
 
@@ -95,6 +95,11 @@ class Incoming:
         if name not in self.images:
             raise InvalidRequest("an item names a tensor that the body does not hold", code="unknown_tensor")
         return self.images[name]
+
+
+def _short(location: tuple[int | str, ...]) -> list[int | str]:
+    """Where an error is: the caller's own names, cut, because they may be megabytes too."""
+    return [part if isinstance(part, int) else part[:64] for part in location[:8]]
 
 
 @asynccontextmanager
@@ -189,6 +194,8 @@ def _form_message(fields: dict[str, list[str]], images: list[str], path: str) ->
         if name in fields:
             message[name] = fields[name][0]
     models = [_model_and_weight(entry) for entry in fields.get("model", [])]
+    if len({name for name, _ in models}) != len(models):
+        raise InvalidRequest("a model is given twice", code="repeated_field")
     if path.endswith("/compare"):
         if len(models) == 1:
             message["model"] = models[0][0]

@@ -107,7 +107,7 @@ def _maker(incoming: Incoming, prompt: str, name: str, limits: ImageLimits) -> M
 def checked_pixels(array: NDArray[Any], limits: ImageLimits) -> NDArray[np.float32]:
     """A copy of float32 [3, H, W] pixels in [0, 1]; raises InputError for anything else."""
     if array.dtype != np.float32 or array.ndim != 3 or array.shape[0] != 3:
-        raise InputError("a gradient wants float32 pixels of shape [3, H, W]", code="invalid_array")
+        raise InputError("a gradient wants float32 pixels of shape [3, H, W]", code="invalid_image_array")
     limits.check_size(array.shape[2], array.shape[1])
     if not np.isfinite(array).all():
         raise InputError("the pixels hold numbers that are not finite", code="pixels_not_finite")
