@@ -50,7 +50,7 @@ shapes-weights: $(STAMP)  ## train shapes-clip again (deterministic, under 45 mi
 	$(BIN)/python -m models.shapes.train_clip
 
 k8s-check: $(STAMP)  ## render every overlay and validate it against the Kubernetes schemas
-	$(BIN)/python k8s/check.py
+	$(BIN)/python -m k8s.check
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

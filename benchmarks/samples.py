@@ -56,8 +56,10 @@ def caption(number: int) -> str:
     """The ``number``-th caption: 8 to 26 words, as text-to-image prompts are; no two numbers give the same one."""
     chooser = random.Random(number)
     parts = [f"a {chooser.choice(_ADJECTIVES)} {chooser.choice(_NOUNS)} {chooser.choice(_PLACES)}"]
-    for _ in range(chooser.randint(0, 2)):
-        parts.append(f"with a {chooser.choice(_ADJECTIVES)} {chooser.choice(_NOUNS)} {chooser.choice(_PLACES)}")
+    parts += [
+        f"with a {chooser.choice(_ADJECTIVES)} {chooser.choice(_NOUNS)} {chooser.choice(_PLACES)}"
+        for _ in range(chooser.randint(0, 2))
+    ]
     parts.append(f"{chooser.choice(_STYLES)}, take {number}")
     return ", ".join(parts)
 

@@ -18,6 +18,8 @@ PROBE_ROUTES = {
     "livenessProbe": "/health/live",  # must not: a busy model is not a dead process
 }
 WRITABLE = ("/tmp", "/var/cache/reward-service", "/var/lib/reward-service")
+WRITE_S = 10
+"""As in service/process.py: seconds that clients have to read their answers after the drain."""
 MIN_STARTUP_S = 300
 """Weights are loaded and models warmed up before the service is ready."""
 
@@ -160,13 +162,13 @@ def check_drain(manifests: Manifests) -> Iterator[str]:
             continue
         min_s = float(env.get("REWARD_DRAIN__MIN_S", drain.get("min_s", 0)))
         max_s = float(env.get("REWARD_DRAIN__MAX_S", drain.get("max_s", 0)))
-        # The queue empties within max_s; then open connections get as long again to take their answers.
-        needed_s = wait_s + max(min_s, max_s) + max_s + 1
+        # The queue empties within max_s; then open connections get WRITE_S to take their answers (service/process.py).
+        needed_s = wait_s + max(min_s, max_s) + WRITE_S + 1
         grace_s = pod.get("terminationGracePeriodSeconds", 30)
         if grace_s <= needed_s:
             yield (
                 f"{name_of(deployment)}: terminationGracePeriodSeconds {grace_s} is not more than {needed_s:g} s "
-                f"(preStop {wait_s} s, drain {max(min_s, max_s):g} s, answers {max_s:g} s)"
+                f"(preStop {wait_s} s, drain {max(min_s, max_s):g} s, answers {WRITE_S} s)"
             )
 
 

@@ -11,6 +11,7 @@ text part is the same, what is read from an image may differ. It often misreads 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -112,6 +113,7 @@ def rapidocr_engine(detection: Path, recognition: Path, threads: int) -> Engine:
 
     Every model file is named, because rapidocr would otherwise look for one to download.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its wheel reports to its maker otherwise; read at import
     # These import OpenCV and more: only where the model is loaded.
     from rapidocr import RapidOCR
     from rapidocr.utils.output import RapidOCROutput

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
@@ -35,6 +36,8 @@ def serve(
     port: Annotated[int | None, typer.Option(help="default 8000")] = None,
 ) -> None:
     """Load the models of the settings and answer HTTP until SIGTERM."""
+    # As process 1 of a container the default action would be to ignore it; nothing is admitted before the server runs.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if config is not None:
         os.environ["REWARD_CONFIG"] = str(config)
     from service.settings import Settings, SettingsProblem, load_settings

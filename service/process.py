@@ -21,6 +21,7 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+WRITE_S = 10  # after the drain every answer is ready; clients have this long to read theirs
 EXIT_FATAL = 70  # EX_SOFTWARE: the orchestrator restarts us
 
 
@@ -109,7 +110,7 @@ def serve(app: FastAPI, settings: Settings, bound: socket.socket) -> int:
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(settings.drain.max_s) + 1,
+        timeout_graceful_shutdown=WRITE_S,
         h11_max_incomplete_event_size=64 << 10,
     )
     server = Server(config, app.state.service.engine, settings)

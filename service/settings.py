@@ -128,6 +128,17 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
+    def _batches_are_powers_of_two(self) -> Settings:
+        """Other lengths have a tail that vector kernels compute differently: a score would depend on its place."""
+        named = {"micro_batch": self.micro_batch} | {
+            f"models.{n}.micro_batch": m.micro_batch for n, m in self.models.items()
+        }
+        for name, size in named.items():
+            if size is not None and size & (size - 1):
+                raise ValueError(f"{name} is a power of two, not {size}")
+        return self
+
+    @model_validator(mode="after")
     def _largest_request_fits(self) -> Settings:
         if self.limits.images_per_request > self.queue.max_cost:
             raise ValueError(

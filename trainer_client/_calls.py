@@ -121,6 +121,8 @@ def _asked_pairs(pairs: Pairs, count: int) -> Sequence[Sequence[int]] | None:
             raise ValueError(f"{list(pair)} is no pair of two of the {count} candidates")
     if not pairs:
         raise ValueError("at least one pair is needed")
+    if len({frozenset(pair) for pair in pairs}) != len(pairs):
+        raise ValueError("a pair is given twice; (j, i) is the same pair as (i, j)")
     return pairs
 
 

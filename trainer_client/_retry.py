@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from trainer_client._wire import Content
 from trainer_client.errors import (
     ConnectionFailed,
     DeadlineExceeded,
@@ -128,8 +129,8 @@ class Attempts:
 
 
 @contextmanager
-def transport_errors(service: str) -> Iterator[None]:
-    """httpx's transport errors -> ours, at this one place."""
+def transport_errors(service: str, content: Content | None) -> Iterator[None]:
+    """httpx's transport errors -> ours, at this one place; ``content`` is the body being sent."""
     try:
         yield
     except httpx.TimeoutException as exc:
@@ -137,7 +138,11 @@ def transport_errors(service: str) -> Iterator[None]:
     except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.DecodingError) as exc:
         raise ProtocolError(f"{service}: {exc}") from exc
     except httpx.TransportError as exc:
-        raise ConnectionFailed(f"{service}: {type(exc).__name__}: {exc}") from exc
+        message = f"{service}: {type(exc).__name__}: {exc}"
+        if content is not None and 0 < content.sent < content.length:
+            # asyncio loses an early 413 when the connection is reset behind it: then this is all that can be told
+            message += f" (after {content.sent} of {content.length} bytes: is the request larger than is accepted?)"
+        raise ConnectionFailed(message) from exc
 
 
 def raise_for_status(service: str, answer: Answer) -> None:

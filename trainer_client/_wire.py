@@ -63,16 +63,19 @@ class Body:
 
 
 class Content:
-    """The bytes of one attempt, in chunks for httpx's sync and async streams."""
+    """The bytes of one attempt, in chunks for httpx's sync and async streams; ``sent`` counts what was taken."""
 
     def __init__(self, parts: Sequence[memoryview]) -> None:
         self._parts = parts
         self.length = sum(part.nbytes for part in parts)
+        self.sent = 0
 
     def chunks(self) -> Iterator[bytes]:
         for part in self._parts:
             for start in range(0, part.nbytes, _CHUNK):
-                yield bytes(part[start : start + _CHUNK])
+                chunk = bytes(part[start : start + _CHUNK])
+                yield chunk
+                self.sent += len(chunk)
 
     async def async_chunks(self) -> AsyncIterator[bytes]:
         for chunk in self.chunks():
@@ -136,7 +139,7 @@ def _encode_candidate(name: str, candidate: Candidate, place: Place) -> dict[str
     if candidate.image is not None:
         return {"image": place(f"{name}.image", candidate.image)}
     frames = [place(f"{name}.frame{k}", frame) for k, frame in enumerate(iterate_images(candidate.frames))]
-    return {"frames": frames} if candidate.fps is None else {"frames": frames, "fps": candidate.fps}
+    return {"frames": frames, "fps": candidate.fps}
 
 
 def _encode_context(name: str, context: Context, place: Place) -> dict[str, Any]:

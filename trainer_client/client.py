@@ -27,7 +27,7 @@ from trainer_client._calls import (
     score_call,
 )
 from trainer_client._retry import Answer, Attempt, Attempts, raise_for_status, transport_errors
-from trainer_client._wire import Wire
+from trainer_client._wire import Content, Wire
 from trainer_client.errors import RewardError, TimedOut, TransportError
 from trainer_client.results import CompareResponse, GradientResponse, ModelInfo, ScoreResponse
 
@@ -101,17 +101,11 @@ class _BaseClient:
             random=self._random,
         )
 
-    def _request(self, call: Call[Any], attempt: Attempt, *, is_async: bool) -> httpx.Request:
+    def _headers_of(self, call: Call[Any], content: Content | None) -> dict[str, str]:
         headers = {**self._headers, "Accept": f"{call.accept}, application/problem+json"}
-        content: Any = None
-        if call.body is not None:
-            rendered = call.body.render(attempt.deadline_ms)
-            headers |= {"Content-Type": call.body.content_type, "Content-Length": str(rendered.length)}
-            content = rendered.async_chunks() if is_async else rendered.chunks()
-        extensions = {"timeout": attempt.timeout.as_dict()}
-        return httpx.Request(
-            call.method, attempt.service + call.path, headers=headers, content=content, extensions=extensions
-        )
+        if call.body is not None and content is not None:
+            headers |= {"Content-Type": call.body.content_type, "Content-Length": str(content.length)}
+        return headers
 
     def _check_time(self, attempt: Attempt) -> None:
         # httpx limits each read, not the whole answer: one that trickles in would outlive the deadline
@@ -198,17 +192,24 @@ class RewardClient(_BaseClient):
             self._sleep(delay)
 
     def _exchange(self, call: Call[Any], attempt: Attempt) -> Answer:
-        request = self._request(call, attempt, is_async=False)
-        with transport_errors(attempt.service):
+        content = None if call.body is None else call.body.render(attempt.deadline_ms)
+        request = httpx.Request(
+            call.method,
+            attempt.service + call.path,
+            headers=self._headers_of(call, content),
+            content=None if content is None else content.chunks(),
+            extensions={"timeout": attempt.timeout.as_dict()},
+        )
+        with transport_errors(attempt.service, content):
             response = self._http.send(request, stream=True)
-            content = bytearray()
+            received = bytearray()
             try:
                 for chunk in response.iter_bytes():
-                    content += chunk
+                    received += chunk
                     self._check_time(attempt)
             finally:
                 response.close()
-        return Answer(response.status_code, response.headers, bytes(content))
+        return Answer(response.status_code, response.headers, bytes(received))
 
     def close(self) -> None:
         """Close the connections."""
@@ -291,17 +292,24 @@ class AsyncRewardClient(_BaseClient):
             await self._sleep(delay)
 
     async def _exchange(self, call: Call[Any], attempt: Attempt) -> Answer:
-        request = self._request(call, attempt, is_async=True)
-        with transport_errors(attempt.service):
+        content = None if call.body is None else call.body.render(attempt.deadline_ms)
+        request = httpx.Request(
+            call.method,
+            attempt.service + call.path,
+            headers=self._headers_of(call, content),
+            content=None if content is None else content.async_chunks(),
+            extensions={"timeout": attempt.timeout.as_dict()},
+        )
+        with transport_errors(attempt.service, content):
             response = await self._http.send(request, stream=True)
-            content = bytearray()
+            received = bytearray()
             try:
                 async for chunk in response.aiter_bytes():
-                    content += chunk
+                    received += chunk
                     self._check_time(attempt)
             finally:
                 await response.aclose()
-        return Answer(response.status_code, response.headers, bytes(content))
+        return Answer(response.status_code, response.headers, bytes(received))
 
     async def aclose(self) -> None:
         """Close the connections."""

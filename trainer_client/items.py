@@ -22,8 +22,8 @@ class Candidate:
         given = [name for name in ("image", "frames", "text") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a candidate is one of image, frames or text; given: {', '.join(given) or 'none'}")
-        if self.fps is not None and self.frames is None:
-            raise ValueError("fps belongs to frames")
+        if (self.fps is None) != (self.frames is None):
+            raise ValueError("frames and fps belong together")
 
     def __repr__(self) -> str:
         if self.frames is not None:

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import heapq
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
-from open_clip.tokenizer import SimpleTokenizer
+if TYPE_CHECKING:  # open_clip takes seconds to import: a service without such models need not pay them
+    from open_clip.tokenizer import SimpleTokenizer
 
 
 @cache
 def tokenizer() -> SimpleTokenizer:
     """open_clip's tokenizer with the vocabulary that ships in its wheel; used for its tables only."""
+    from open_clip.tokenizer import SimpleTokenizer
+
     return SimpleTokenizer()
 
 

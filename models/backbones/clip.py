@@ -7,15 +7,16 @@ is causal, so tokens after the end token never reach the pooled feature, and lea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from open_clip.model import CLIP
-from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from models.backbones import bpe
 from models.base import WeightsError
+
+if TYPE_CHECKING:  # open_clip takes seconds to import: a service without such models need not pay them
+    from open_clip.model import CLIP
 
 CONTEXT_LENGTH = 77
 TEXT_LENGTHS = (16, 32, CONTEXT_LENGTH)
@@ -61,6 +62,8 @@ class ClipTowers(nn.Module):
             raise ValueError("give either tensors or a seed")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
+            from open_clip.model import CLIP
+
             clip = CLIP(**config)
         if tensors is not None:
             _load_exactly(clip, tensors)
@@ -88,7 +91,8 @@ class ClipTowers(nn.Module):
         clip = self.clip
         hidden = clip.token_embedding(tokens_BL) + clip.positional_embedding[:length]
         hidden = clip.ln_final(clip.transformer(hidden, attn_mask=clip.attn_mask[:length, :length]))
-        pooled: Tensor = text_global_pool(hidden, tokens_BL, clip.text_pool_type)
+        ends_B = tokens_BL.argmax(dim=-1)  # the end token has the largest id
+        pooled: Tensor = hidden[torch.arange(len(hidden), device=hidden.device), ends_B]
         projection = clip.text_projection
         if isinstance(projection, nn.Linear):
             pooled = projection(pooled)

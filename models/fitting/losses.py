@@ -45,8 +45,8 @@ def all_pairs_bradley_terry_loss(
     """Weighted mean Bradley-Terry loss over the pairs of N candidates under each of G prompts, a scalar in nats.
 
     ``preference_GNN[g, i, j]`` is the probability that i is better than j, ``weight_GNN`` how much the pair counts
-    (0 leaves it out, and its label may then be anything finite). Raises ValueError when shapes don't fit or all weights are
-    zero.
+    (0 leaves it out, and its label may then be anything finite). Raises ValueError when shapes don't fit or all
+    weights are zero.
     """
     groups, candidates = scores_GN.shape
     if not preference_GNN.shape == weight_GNN.shape == (groups, candidates, candidates):

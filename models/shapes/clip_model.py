@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from models.backbones.clip import CONTEXT_LENGTH, tokenize
 from models.base import WeightsError
-from models.shapes.prompts import COUNTS
-from models.shapes.rules import Include
+from models.shapes.prompts import COUNTS, Include
 from models.shapes.world import COLORS, SHAPES
 
+WEIGHTS = Path(__file__).parent / "weights" / "shapes_clip.safetensors"
 IMAGE_SIZE = 64
 EMBED_DIM = 128
 FULL_VOCABULARY = 49408
@@ -30,8 +31,9 @@ _WORDS = (
     *COLORS,
     *(Include(shape).noun(count) for shape in SHAPES for count in (1, 2)),
     *COUNTS,
-    *"a an the one single exactly 2 3 4 photo picture image drawing of showing - colored coloured that is are".split(),
-    *"and also with together to on left right above over below under beneath .".split(),
+    *("a", "an", "the", "one", "single", "exactly", "2", "3", "4", "-", "colored", "coloured", "that", "is", "are"),
+    *("photo", "picture", "image", "drawing", "of", "showing", "and", "also", "with", "together", "."),
+    *("to", "on", "left", "right", "above", "over", "below", "under", "beneath"),
 )
 
 
@@ -77,7 +79,7 @@ def clip_config(*, compact: bool) -> dict[str, Any]:
 
 
 class PreferenceHead(nn.Module):
-    """Score from both features, their product and their cosine; computes in float32."""
+    """Score from both features, their product and their cosine; its weights stay float32 whatever the towers' are."""
 
     def __init__(self, dim: int = EMBED_DIM, hidden: int = 256) -> None:
         super().__init__()
@@ -86,9 +88,10 @@ class PreferenceHead(nn.Module):
         )
 
     def forward(self, image_features_BD: Tensor, text_features_BD: Tensor) -> Tensor:
-        """Features [..., D] of one shape -> scores [...], float32."""
-        image = F.normalize(image_features_BD.float(), dim=-1)
-        text = F.normalize(text_features_BD.float(), dim=-1)
+        """Features [..., D] of one shape, any dtype -> scores [...] in the dtype of the head's weights."""
+        dtype = next(self.parameters()).dtype
+        image = F.normalize(image_features_BD.to(dtype), dim=-1)
+        text = F.normalize(text_features_BD.to(dtype), dim=-1)
         # Entries of about one are a better input to a linear layer than those of a unit vector.
         scale = image.shape[-1] ** 0.5
         cosine = (image * text).sum(-1, keepdim=True)

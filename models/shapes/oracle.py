@@ -1,16 +1,16 @@
 """Find the shapes in a picture of any size, and judge them.
 
 The picture is brought to a shortest side of 64 pixels, the background's tone is taken from its rim, and every pixel
-becomes a vector in the chroma plane (the RGB differences, without lightness). Since backgrounds are grey, a blurred edge
-shortens that vector and keeps its direction: the direction names the colour, the length tells how much of the pixel is
-covered. Connected pixels of one colour are an object; its shape is the template with the largest soft intersection over
-union. Things without colour that stand out from the background by lightness are found too, as grey ones.
+becomes a vector in the chroma plane (the RGB differences, without lightness). Since backgrounds are grey, a blurred
+edge shortens that vector and keeps its direction: the direction names the colour, the length tells how much of the
+pixel is covered. Connected pixels of one colour are an object; its shape is the template with the largest soft
+intersection over union. Things without colour that stand out by their lightness are found too, as grey ones.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +78,7 @@ def _working_pixels(image: PILImage.Image) -> Float:
     width, height = image.size
     scale = WORKING_SIZE / min(width, height)
     longest = int(WORKING_SIZE * MAX_ASPECT)
-    size = (min(longest, max(WORKING_SIZE, round(width * scale))), min(longest, max(WORKING_SIZE, round(height * scale))))
+    size = (min(longest, round(width * scale)), min(longest, round(height * scale)))
     rgb = image.convert("RGB")
     if rgb.size != size:
         rgb = rgb.resize(size, PILImage.Resampling.BICUBIC)
@@ -127,13 +127,13 @@ def detect(image: PILImage.Image) -> tuple[Found, ...]:
     grey = (contrast >= GREY_CONTRAST) & (np.linalg.norm(chroma, axis=2) < 0.12)
     if grey.sum() >= MIN_AREA:
         level = float(np.median(contrast[grey]))
-        found += _objects(grey, np.where(covered < 0.3, contrast / level, 0.0).astype(np.float32), None)
+        found += _objects(grey, np.where(covered < 0.3, contrast / level, 0.0), None)
     return tuple(sorted(found, key=lambda thing: (round(thing.y * 3 - 0.5), thing.x)))
 
 
-def _objects(mask: NDArray[np.bool_], alpha: Float, chroma: Float | None) -> list[Found]:
+def _objects(mask: NDArray[np.bool_], alpha: NDArray[Any], chroma: NDArray[Any] | None) -> list[Found]:
     """The connected parts of ``mask`` that are large enough, named by their mean chroma and best template."""
-    parts, count = ndimage.label(mask)
+    parts, _ = ndimage.label(mask)
     found = []
     for i, box in enumerate(ndimage.find_objects(parts), start=1):
         part = parts[box] == i
@@ -151,13 +151,13 @@ def _objects(mask: NDArray[np.bool_], alpha: Float, chroma: Float | None) -> lis
     return found
 
 
-def _color_of(chroma: Float, own: NDArray[np.bool_]) -> str:
+def _color_of(chroma: NDArray[Any], own: NDArray[np.bool_]) -> str:
     mean = chroma[own].mean(axis=0)
     return _NAMES[int(np.argmax(_DIRECTIONS @ mean))]
 
 
 def _describe(
-    weight: Float, origin: tuple[int, int], color: str | None, box: tuple[slice, slice], shape: tuple[int, ...]
+    weight: NDArray[Any], origin: tuple[int, int], color: str | None, box: tuple[slice, slice], shape: tuple[int, ...]
 ) -> Found:
     """Name one part by the template that fits best around its centroid."""
     area = float(weight.sum())

@@ -6,7 +6,7 @@ pictures that show the same, the one less blurred and less noisy is better.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,11 +32,15 @@ SIZES = (32, 40, 48, 64, 80, 96)
 
 @dataclass(frozen=True)
 class Picture:
-    """A scene as it is rendered: size in pixels, and how much it is degraded (0 not at all, 1 mildly, 2 badly)."""
+    """A scene as it is rendered: size in pixels, and how much it is degraded (0 not at all, 1 mildly, 2 badly).
+
+    With ``clutter`` (a seed) it is no scene at all but a random texture without shapes; its scene is then empty.
+    """
 
     scene: Scene
     size: int = 64
     damage: int = 0
+    clutter: int | None = None
 
 
 def random_picture(scene: Scene, rng: np.random.Generator, damage: int | None = None) -> Picture:
@@ -52,8 +56,19 @@ def draw(pictures: Sequence[Picture], rng: np.random.Generator) -> list[PILImage
     for size in sorted({picture.size for picture in pictures}):
         chosen = [i for i, picture in enumerate(pictures) if picture.size == size]
         for i, pixels in zip(chosen, render_batch([pictures[i].scene for i in chosen], size), strict=True):
+            seed = pictures[i].clutter
+            if seed is not None:
+                images[i] = _texture(seed, size)
+                continue
             images[i] = PILImage.fromarray(_damage(pixels, pictures[i].damage, size, rng))
     return images
+
+
+def _texture(seed: int, size: int) -> PILImage.Image:
+    """Smooth random colours of a random coarseness: what a photograph looks like to a model of shapes."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (*rng.integers(2, 17, 2), 3), dtype=np.uint8)
+    return PILImage.fromarray(coarse).resize((size, size), PILImage.Resampling.BICUBIC)
 
 
 def _damage(pixels: NDArray[np.uint8], damage: int, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -63,7 +78,8 @@ def _damage(pixels: NDArray[np.uint8], damage: int, size: int, rng: np.random.Ge
     way = int(rng.integers(3))
     blur = float(rng.uniform(*low)) * size / 32 if way != 1 else 0.0
     noise = float(rng.uniform(*high)) if way != 0 else 0.0
-    return degrade(pixels[None], rng, blur=blur, noise=noise)[0]
+    degraded: NDArray[np.uint8] = degrade(pixels[None], rng, blur=blur, noise=noise)[0]
+    return degraded
 
 
 def content(prompt: Prompt, found: Sequence[Found]) -> float:
@@ -73,7 +89,7 @@ def content(prompt: Prompt, found: Sequence[Found]) -> float:
 
 @dataclass(frozen=True)
 class Batch:
-    """G prompts and N pictures, the k-th group of N / G made for the k-th prompt; content float32 [G, N], damage [N]."""
+    """G prompts and N pictures, the k-th N / G of them made for the k-th prompt; content [G, N] and damage [N]."""
 
     prompts: list[Prompt]
     pictures: list[Picture]
@@ -91,19 +107,23 @@ def admitted_prompt(rng: np.random.Generator, split: Split, task: Task | None = 
 
 
 def group(prompt: Prompt, rng: np.random.Generator, size: int, split: Split) -> list[Picture]:
-    """``size`` >= 4 pictures for one prompt: two right ones (one of them degraded by chance), then near misses with 1 to 3
-    faults, and sometimes a picture that has nothing to do with the prompt."""
+    """``size`` >= 4 pictures for one prompt: two right ones (one of them degraded by chance), near misses with 1 to 3
+    faults, and last a near miss, a picture filled with what was asked for, or one that ignores the prompt."""
     scene = right_scene(prompt, rng, split)
     pictures = [random_picture(scene, rng, 0)]
     again = scene if rng.random() < 0.5 else right_scene(prompt, rng, split)
     pictures.append(random_picture(again, rng))
     while len(pictures) < size:
-        if len(pictures) == size - 1 and rng.random() < 0.3:
-            scene = random_scene(rng, int(rng.integers(0, 6)), split)
-        else:
-            faults = int(rng.choice(3, p=(0.65, 0.2, 0.15))) + 1
-            scene = near_miss(prompt, rng, faults, split=split)[0]
-        pictures.append(random_picture(scene, rng))
+        faults = int(rng.choice(3, p=(0.65, 0.2, 0.15))) + 1
+        pictures.append(random_picture(near_miss(prompt, rng, faults, split=split)[0], rng))
+    chance = rng.random()
+    if chance < 0.2:
+        pictures[-1] = random_picture(random_scene(rng, int(rng.integers(0, 10)), split), rng)
+    elif chance < 0.3:
+        pictures[-1] = Picture(Scene(), int(rng.choice(SIZES)), 0, int(rng.integers(2**31)))
+    elif chance < 0.45:
+        filled = near_miss(prompt, rng, int(rng.integers(3, 6)), kinds=("one_too_many",), split=split)[0]
+        pictures[-1] = random_picture(filled, rng)
     return pictures
 
 
@@ -168,13 +188,12 @@ KINDS = ("near_miss", "near_miss", "near_miss", "fewer_faults", "unrelated", "de
 
 def held_out_pairs(rng: np.random.Generator, count: int, *, out_of_domain: bool = False) -> list[Pair]:
     """``count`` pairs, tasks and kinds in equal shares; out of domain every prompt asks for a held-out composition."""
-    wanted: Callable[[Prompt], bool] = lambda prompt: TRAINING_SPLIT.admits(prompt) != out_of_domain  # noqa: E731
     tasks = ("counting", "colors", "position", "color_attr") if out_of_domain else TASKS
     split = EVERYTHING if out_of_domain else TRAINING_SPLIT
     pairs = []
     for i in range(count):
         prompt = random_prompt(rng, tasks[i % len(tasks)])
-        while not wanted(prompt):
+        while TRAINING_SPLIT.admits(prompt) == out_of_domain:
             prompt = random_prompt(rng, tasks[i % len(tasks)])
         pairs.append(_pair(prompt, KINDS[(i // len(tasks)) % len(KINDS)], rng, split))
     return pairs

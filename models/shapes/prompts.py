@@ -156,7 +156,7 @@ def _read_phrase(text: str) -> Include | None:
 
 def _distinguishable(first: Include, second: Include) -> bool:
     """Whether no object can be both: the shapes differ, or both colours are named and differ."""
-    return first.shape != second.shape or None not in (first.color, second.color) and first.color != second.color
+    return first.shape != second.shape or (None not in (first.color, second.color) and first.color != second.color)
 
 
 def parse(text: str) -> Prompt | None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def relative_position(placed: Found, target: Found) -> set[str]:
     """Which relations hold of ``placed`` to ``target``, by GenEval's rule: offsets shrunk by a tenth of both extents,
     then more than half of the distance along the axis."""
     dx, dy = placed.x - target.x, placed.y - target.y
-    length = (dx * dx + dy * dy) ** 0.5
+    length = math.hypot(dx, dy)
     if length == 0:
         return set()
 
@@ -90,9 +91,7 @@ def _similarity(include: Include, found: Found) -> float:
 def _assign(prompt: Prompt, found: Sequence[Found]) -> list[tuple[int, int, float]]:
     """(index of include, index of found, credit), most similar first; every object is used once at most."""
     rated = [
-        (_similarity(include, thing), i, j)
-        for i, include in enumerate(prompt.include)
-        for j, thing in enumerate(found)
+        (_similarity(include, thing), i, j) for i, include in enumerate(prompt.include) for j, thing in enumerate(found)
     ]
     free = [include.count for include in prompt.include]
     taken: set[int] = set()
@@ -166,7 +165,7 @@ def _numbered(count: int, include: Include) -> str:
 
 
 def explain(prompt: Prompt, found: Sequence[Found]) -> str:
-    """Every clause is true of ``found``: the count of each thing asked for, each relation, and whatever else is there."""
+    """Clauses that are true of ``found``: the count of each thing asked for, each relation, and what else there is."""
     clauses: list[str] = []
     others = list(found)
     for include in prompt.include:

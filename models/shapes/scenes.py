@@ -120,11 +120,12 @@ def right_scene(prompt: Prompt, rng: np.random.Generator, split: Split = EVERYTH
 
 
 def random_scene(rng: np.random.Generator, objects: int, split: Split = EVERYTHING) -> Scene:
-    """A scene of ``objects`` random objects, admitted by ``split``."""
+    """A scene of ``objects`` random objects in at most four colours, admitted by ``split``."""
 
     def make() -> Scene:
         cells = rng.choice(len(CELLS), objects, replace=False).tolist()
-        things = [place(_pick(rng, list(SHAPES)), _pick(rng, list(COLORS)), CELLS[i], rng) for i in cells]
+        palette = [list(COLORS)[i] for i in rng.choice(len(COLORS), int(rng.integers(1, 5)), replace=False).tolist()]
+        things = [place(_pick(rng, list(SHAPES)), _pick(rng, palette), CELLS[i], rng) for i in cells]
         return Scene(tuple(things), int(rng.integers(len(BACKGROUNDS))))
 
     return _until_admitted(make, split)
@@ -142,7 +143,7 @@ def _other(rng: np.random.Generator, options: list[str], than: str) -> str:
 def _wrong_color(prompt: Prompt, objects: Objects, rng: np.random.Generator) -> Objects | None:
     if not objects or not any(include.color for include in prompt.include):
         return None
-    i = int(rng.integers(len(objects)))
+    i = int(rng.integers(min(len(objects), prompt.count)))
     objects[i] = replace(objects[i], color=_other(rng, list(COLORS), objects[i].color))
     return objects
 
@@ -150,7 +151,7 @@ def _wrong_color(prompt: Prompt, objects: Objects, rng: np.random.Generator) -> 
 def _wrong_shape(prompt: Prompt, objects: Objects, rng: np.random.Generator) -> Objects | None:
     if not objects:
         return None
-    i = int(rng.integers(len(objects)))
+    i = int(rng.integers(min(len(objects), prompt.count)))
     objects[i] = replace(objects[i], shape=_other(rng, list(SHAPES), objects[i].shape))
     return objects
 
@@ -215,6 +216,20 @@ FAULTS: dict[str, Callable[[Prompt, Objects, np.random.Generator], Objects | Non
 }
 """Names to (prompt, objects, rng) -> changed objects, or None where the fault doesn't apply."""
 
+_ADDING = frozenset({"extra_object", "one_too_many"})
+_SPOILING = frozenset({"wrong_color", "wrong_shape", "swapped_attributes", "missing_object"})
+
+
+def _undoes(kind: str, names: list[str]) -> bool:
+    """Whether this fault may repair or repeat one that was made: what is missing comes back as one too many."""
+    if kind == "one_too_many":
+        return bool(_SPOILING & set(names))
+    if kind in _SPOILING and "one_too_many" in names:
+        return True
+    if (kind == "missing_object" and _ADDING & set(names)) or (kind in _ADDING and "missing_object" in names):
+        return True
+    return kind in ("swapped_attributes", "wrong_relation") and kind in names
+
 
 def near_miss(
     prompt: Prompt,
@@ -224,7 +239,10 @@ def near_miss(
     kinds: tuple[str, ...] = tuple(FAULTS),
     split: Split = EVERYTHING,
 ) -> tuple[Scene, tuple[str, ...]]:
-    """A right scene changed by ``faults`` random faults of ``kinds``, and their names; the result is never exact."""
+    """A right scene changed by ``faults`` random faults of ``kinds``, and their names; the result is never exact.
+
+    Faults that would undo each other aren't combined. Raises ValueError where nothing of the kind can be made.
+    """
     for _ in range(_ATTEMPTS):
         scene = _build(prompt, rng)
         objects: Objects = list(scene.objects)
@@ -232,7 +250,7 @@ def near_miss(
         while len(names) < faults:
             changed = None
             for i in rng.permutation(len(kinds)).tolist():
-                changed = FAULTS[kinds[i]](prompt, list(objects), rng)
+                changed = None if _undoes(kinds[i], names) else FAULTS[kinds[i]](prompt, list(objects), rng)
                 if changed is not None:
                     names.append(kinds[i])
                     break

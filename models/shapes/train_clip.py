@@ -1,8 +1,8 @@
 """Train shapes-clip from nothing: ``python -m models.shapes.train_clip`` writes its weights and its measured accuracy.
 
 Stage 1, contrastive: rendered scenes against captions, where the truth decides which (caption, picture) pairs are
-positive, so that a caption may have several right pictures in a batch (soft targets in CLIP's loss, eq. in Radford et
-al. 2021, section 2.3). Stage 2: the Bradley-Terry loss on the head's scores over all pairs of pictures of a prompt. In
+positive, so that a caption may have several right pictures in a batch (soft targets in CLIP's loss, Radford et al.
+2021, figure 3). Stage 2: the Bradley-Terry loss on the head's scores over all pairs of pictures of a prompt. In
 both, linear probes of the picture's features and patches predict what is in the 3x3 cells; they teach the vision
 tower what a shape is within minutes on one CPU core, and are thrown away.
 
@@ -31,13 +31,12 @@ from torch import Tensor, nn
 from models.backbones.clip import tokenize
 from models.fitting.losses import all_pairs_bradley_terry_loss
 from models.preprocessing import clip_preprocess, normalize
-from models.shapes.clip_model import IMAGE_SIZE, PreferenceHead, clip_config, compact_index, pack, unpack
+from models.shapes.clip_model import IMAGE_SIZE, WEIGHTS, PreferenceHead, clip_config, compact_index, pack, unpack
 from models.shapes.evaluation import accuracy_report
 from models.shapes.preferences import Batch, Picture, training_batch
 from models.shapes.prompts import Prompt
 from models.shapes.world import COLORS, GRID, SHAPES
 
-WEIGHTS = Path(__file__).parent / "weights" / "shapes_clip.safetensors"
 _PATCHES = 8
 _SHAPE_INDEX = {name: i for i, name in enumerate(SHAPES, start=1)}
 _COLOR_INDEX = {name: i for i, name in enumerate(COLORS, start=1)}
@@ -48,13 +47,12 @@ class TrainConfig:
     """What the weights depend on, apart from the code."""
 
     seed: int = 20
-    contrastive_steps: int = 2200
-    preference_steps: int = 3600
+    contrastive_steps: int = 800
+    preference_steps: int = 1900
     prompts: int = 12
     per_prompt: int = 6
     muon_learning_rate: float = 0.006
     learning_rate: float = 0.001
-    final_preference_learning_rate: float = 0.0
     weight_decay: float = 0.02
     unknown_token_rate: float = 0.01
     evaluation_seed: int = 1_000_003
@@ -175,7 +173,8 @@ def preference_labels(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _optimizers(model: Trainee, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformers, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = "resblocks" in name and parameter.ndim == 2
         (matrices if inner else others).append(parameter)

@@ -1,7 +1,7 @@
 """Scenes of coloured shapes on a 3x3 grid, and their rendering at any size.
 
 Coordinates are fractions of the image side, x to the right and y down. Every object has nearly the same size and sits
-in a cell of its own with a slight jitter, so objects never touch: at 32 pixels the gap is at least one pixel wide.
+in a cell of its own with a slight jitter, so objects never touch: they are at least half a pixel apart at 32 pixels.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from scipy.ndimage import gaussian_filter
 
 GRID = 3
 OBJECT_RADIUS = 0.13
 """Nominal half extent of an object, as a fraction of the image side."""
-MAX_SHIFT = 0.012
+MAX_SHIFT = 0.01
 """Largest jitter of a centre."""
-MAX_SCALE_JITTER = 0.05
+MAX_SCALE_JITTER = 0.04
 """Largest relative jitter of the radius."""
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -46,29 +47,29 @@ BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
 Float = NDArray[np.float32]
 
 
-def _circle(x: Float, y: Float) -> Float:
+def _circle(x: Any, y: Any) -> Any:
     return np.sqrt(x * x + y * y) - 1.0
 
 
-def _square(x: Float, y: Float) -> Float:
+def _square(x: Any, y: Any) -> Any:
     return np.maximum(np.abs(x), np.abs(y)) - 0.88
 
 
-def _triangle(x: Float, y: Float) -> Float:
+def _triangle(x: Any, y: Any) -> Any:
     """Isosceles, pointing up: corners (0, -1.05), (-1.05, 0.9), (1.05, 0.9)."""
     run, rise = 1.05, 1.95
     side = (np.abs(x) * rise - (y + 1.05) * run) / np.hypot(run, rise)
     return np.maximum(side, y - 0.9)
 
 
-def _cross(x: Float, y: Float) -> Float:
+def _cross(x: Any, y: Any) -> Any:
     ax, ay = np.abs(x), np.abs(y)
     return np.minimum(np.maximum(ax - 1.05, ay - 0.36), np.maximum(ax - 0.36, ay - 1.05))
 
 
-def _star(x: Float, y: Float) -> Float:
-    """Five points upwards, outer radius 1.2, inner radius 0.5."""
-    outer, inner, sector = 1.2, 0.5, np.pi / 5
+def _star(x: Any, y: Any) -> Any:
+    """Five points upwards, outer radius 1.15, inner radius 0.5."""
+    outer, inner, sector = 1.15, 0.5, np.pi / 5
     y = y - 0.08
     angle = np.arctan2(x, -y)
     folded = np.abs((angle + sector) % (2 * sector) - sector)
@@ -133,7 +134,8 @@ def coverage(shape: str, center_M2: Float, radius_M: Float, origin_M2: Float, wi
     x = (pixel[None, :] + origin_M2[:, :1] - center_M2[:, :1]) / radius_M[:, None]
     y = (pixel[None, :] + origin_M2[:, 1:] - center_M2[:, 1:]) / radius_M[:, None]
     distance = SHAPES[shape](x[:, None, :], y[:, :, None]) * radius_M[:, None, None]
-    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+    covered: Float = np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+    return covered
 
 
 def render_batch(scenes: Sequence[Scene], size: int = 64) -> NDArray[np.uint8]:
@@ -146,7 +148,7 @@ def render_batch(scenes: Sequence[Scene], size: int = 64) -> NDArray[np.uint8]:
     backgrounds = np.array(BACKGROUNDS, np.float32)[[scene.background for scene in scenes]]
     canvas = np.empty((len(scenes), size, size, 3), np.float32)
     canvas[:] = backgrounds[:, None, None, :]
-    window = min(size, int(np.ceil(2.6 * OBJECT_RADIUS * (1 + MAX_SCALE_JITTER) * size)) + 3)
+    window = min(size, int(np.ceil(2.5 * OBJECT_RADIUS * (1 + MAX_SCALE_JITTER) * size)) + 3)
     for shape in SHAPES:
         chosen = [(i, entry) for i, scene in enumerate(scenes) for entry in scene.objects if entry.shape == shape]
         if not chosen:
@@ -171,11 +173,10 @@ def degrade(
     pixels_NHWC: NDArray[np.uint8], rng: np.random.Generator, *, blur: float = 0.0, noise: float = 0.0
 ) -> NDArray[np.uint8]:
     """Blur with a Gaussian of ``blur`` pixels, then add Gaussian noise of standard deviation ``noise`` on [0, 1]."""
-    from scipy.ndimage import gaussian_filter
-
     values = pixels_NHWC.astype(np.float32) / 255.0
     if blur > 0:
         values = gaussian_filter(values, (0.0, blur, blur, 0.0), mode="nearest")
     if noise > 0:
         values = values + rng.normal(0.0, noise, values.shape).astype(np.float32)
-    return np.rint(np.clip(values, 0.0, 1.0) * 255.0).astype(np.uint8)
+    result: NDArray[np.uint8] = np.rint(np.clip(values, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return result

@@ -109,6 +109,8 @@ class Batcher:
             if ticket.state != "admitted":
                 return
             ticket.payload, ticket.state, ticket.ready_at = payload, "ready", time.monotonic()
+            if front and (oldest := self.oldest()) is not None:
+                ticket.ready_at = min(ticket.ready_at, oldest)  # the head tells how long the queue has waited
             self._preparing -= 1
             if front:
                 self._ready = {ticket: None, **self._ready}
@@ -169,6 +171,7 @@ class Batcher:
                 break
             if ticket.deadline <= now:
                 del self._ready[ticket]
+                ticket.payload = None
                 self._leave(ticket, "dropped")
                 self._telemetry.dropped.labels(self.model, "deadline").inc()
             elif not batch or ticket.job == batch[0].job:

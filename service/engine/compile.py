@@ -34,6 +34,13 @@ def use_compile_cache(cache_dir: Path | None) -> None:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
 
 
+def allow_many_shapes() -> None:
+    """Every batch size and token length is a graph of its own: beyond dynamo's limit of 8 they would run uncompiled."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 def powers_of_two(limit: int) -> list[int]:
     """1, 2, 4 ... below ``limit``, then ``limit`` itself."""
     sizes = []
@@ -65,6 +72,7 @@ class BucketedFunction:
         self.micro_batch = micro_batch
         self.invariance = invariance
         self.compiled = False
+        self._tried = False
         self._compile = compile
         self._plain = function
         self._function = function
@@ -73,48 +81,59 @@ class BucketedFunction:
 
     def __call__(self, rows: Sequence[Tensor]) -> Tensor:
         """Features [n, D] of n rows of one shape (CPU tensors), on the device."""
-        parts: list[Tensor] = []
-        start = 0
-        while start < len(rows):
-            chunk = rows[start : start + self.micro_batch]
-            size = self._size_for(chunk)
+        while True:
             try:
-                parts.append(self._run(chunk, size))
+                return self._run_all(rows)
             except torch.OutOfMemoryError:
-                if size == 1:
+                if self.micro_batch == 1:
                     raise
-                self._halve(size)
-                continue  # the same rows again, in smaller batches
-            start += len(chunk)
+                self._halve()  # and all rows again: those that had run belong to the old shape
+
+    def _run_all(self, rows: Sequence[Tensor]) -> Tensor:
+        chunks = [rows[start : start + self.micro_batch] for start in range(0, len(rows), self.micro_batch)]
+        parts = [self._run(chunk, self._size_for(chunk)) for chunk in chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def warm_up(self, rows: Sequence[Tensor]) -> None:
         """Compile and find the usable sizes for the shape of ``rows`` (at least ``micro_batch`` different ones)."""
-        if self._compile == "on" or (self._compile == "measure" and not self.compiled and not self._sizes):
-            self._try_compiled(rows)
-        shape = tuple(rows[0].shape)
         while True:
             try:
-                self._sizes[shape] = self._usable_sizes(rows[: self.micro_batch])
+                if not self._tried and self._compile != "off":
+                    self._try_compiled(rows)
+                self._sizes[tuple(rows[0].shape)] = self._usable_sizes(rows[: self.micro_batch])
                 return
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
-                self._halve(self.micro_batch)
+                self._halve()
 
     def _usable_sizes(self, rows: Sequence[Tensor]) -> list[int]:
         sizes = powers_of_two(self.micro_batch)
-        canonical = self._run(rows, self.micro_batch)
         if self.invariance == "fast":
             for size in sizes:
                 self._run(rows[:size], size)
             return sizes
-        exact = [size for size in sizes[:-1] if torch.equal(self._run(rows[-size:], size), canonical[-size:])]
+        canonical = self._run(rows, self.micro_batch)
+        rotated = self._run([*rows[1:], *rows[:1]], self.micro_batch)
+        if not torch.equal(rotated, canonical.roll(-1, 0)):
+            log.error(
+                "a row's bits depend on its place in the batch: rows run one by one", extra={"function": self.name}
+            )
+            self.micro_batch = 1
+            self._sizes = {}
+            return [1]
+        # A compiled function is another kernel for every size: each would cost minutes, and hardly one would be equal.
+        exact = [] if self.compiled else [size for size in sizes[:-1] if self._equal_bits(rows, size, canonical)]
         log.info(
             "usable batch sizes",
             extra={"function": self.name, "row": list(rows[0].shape), "sizes": [*exact, self.micro_batch]},
         )
         return [*exact, self.micro_batch]
+
+    def _equal_bits(self, rows: Sequence[Tensor], size: int, canonical: Tensor) -> bool:
+        """Whether ``size`` rows give the bits of the canonical batch, at both of its ends."""
+        first, last = self._run(rows[:size], size), self._run(rows[-size:], size)
+        return torch.equal(first, canonical[:size]) and torch.equal(last, canonical[-size:])
 
     def _size_for(self, chunk: Sequence[Tensor]) -> int:
         usable = self._sizes.get(tuple(chunk[0].shape), [self.micro_batch])
@@ -129,29 +148,27 @@ class BucketedFunction:
         return features[: len(rows)].clone()
 
     def _try_compiled(self, rows: Sequence[Tensor]) -> None:
+        allow_many_shapes()
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # reduce-overhead captures CUDA graphs
         compiled = cast(RowFunction, torch.compile(self._plain, mode=mode, dynamic=False))
-        plain_s = self._seconds(rows) if self._compile == "measure" else None
+        plain_s = self._seconds(rows) if self._compile == "measure" else float("inf")
         self._function = compiled
-        started = time.perf_counter()
-        self._run(rows[: self.micro_batch], self.micro_batch)
-        compile_s = time.perf_counter() - started
-        if plain_s is not None:
-            compiled_s = self._seconds(rows)
-            self.compiled = compiled_s < plain_s
-            log.info(
-                "compiled against plain",
-                extra={
-                    "function": self.name,
-                    "ratio": round(compiled_s / plain_s, 3),
-                    "compile_s": round(compile_s, 1),
-                },
-            )
-            if not self.compiled:
-                self._function = self._plain
-        else:
-            self.compiled = True
-            log.info("compiled", extra={"function": self.name, "compile_s": round(compile_s, 1)})
+        try:
+            started = time.perf_counter()
+            self._run(rows[: self.micro_batch], self.micro_batch)
+            compile_s = time.perf_counter() - started
+            compiled_s = self._seconds(rows) if self._compile == "measure" else 0.0
+        except torch.OutOfMemoryError:
+            self._function = self._plain
+            raise
+        self._tried = True
+        self.compiled = compiled_s < plain_s
+        if not self.compiled:
+            self._function = self._plain
+        log.info(
+            "compiled" if self.compiled else "compiled is not faster",
+            extra={"function": self.name, "compile_s": round(compile_s, 1), "ratio": round(compiled_s / plain_s, 3)},
+        )
 
     def _seconds(self, rows: Sequence[Tensor], repeats: int = 5) -> float:
         """Best time of one canonical batch."""
@@ -164,13 +181,11 @@ class BucketedFunction:
             best = min(best, time.perf_counter() - started)
         return best
 
-    def _halve(self, size: int) -> None:
-        """Remember that a batch of ``size`` rows does not fit."""
-        self.micro_batch = max(1, min(self.micro_batch, size) // 2)
-        self._sizes = {
-            shape: [*[s for s in sizes if s < self.micro_batch], self.micro_batch]
-            for shape, sizes in self._sizes.items()
-        }
+    def _halve(self) -> None:
+        """Remember that a canonical batch does not fit. What was measured against it counts no longer."""
+        self.micro_batch //= 2
+        kept = powers_of_two(self.micro_batch) if self.invariance == "fast" else [self.micro_batch]
+        self._sizes = dict.fromkeys(self._sizes, kept)
         self._stager.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

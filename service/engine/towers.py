@@ -34,7 +34,9 @@ class TowerRunner:
     @property
     def shape(self) -> str:
         """What of the batch shape a score depends on (part of the fingerprint)."""
-        return f"{self.images.micro_batch}/{self.texts.micro_batch}/{self.head_rows}:{self.images.invariance}"
+        parts = (self.images, self.texts)
+        towers = "/".join(f"{part.micro_batch}{'c' if part.compiled else ''}" for part in parts)
+        return f"{towers}/{self.head_rows}:{self.images.invariance}"
 
     @torch.inference_mode()
     def warm_up(self, canary: TowerInput) -> None:
@@ -51,9 +53,8 @@ class TowerRunner:
     @torch.inference_mode()
     def score(self, batch: Sequence[TowerInput]) -> list[Output | SampleError]:
         images = self._features(
-            self._image_cache, f"{self.model.image_key}|{self.shape}", self.images,
-            {entry.image_id: entry.pixels for entry in batch},
-        )  # fmt: skip
+            self._image_cache, self.model.image_key, self.images, {entry.image_id: entry.pixels for entry in batch}
+        )
         texts = self._texts(batch)
         results: list[Output | SampleError] = []
         for start in range(0, len(batch), self.head_rows):
@@ -72,22 +73,29 @@ class TowerRunner:
             by_length.setdefault(len(entry.tokens), {})[entry.text_id] = entry.tokens
         features: dict[str, Tensor] = {}
         for distinct in by_length.values():
-            key = f"{self.model.text_key}|{self.shape}"
-            features |= self._features(self._text_cache, key, self.texts, distinct)
+            features |= self._features(self._text_cache, self.model.text_key, self.texts, distinct)
         return features
 
     @staticmethod
     def _features(
-        cache: FeatureCache, key: str, encode: BucketedFunction, distinct: dict[str, Tensor]
+        cache: FeatureCache, tower: str, encode: BucketedFunction, distinct: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Features by id, from the cache or computed now."""
-        known = {name: cache.get((key, name)) for name in distinct}
-        missing = [name for name, feature in known.items() if feature is None]
+        """Features by id, from the cache or computed now; what their bits depend on is part of the cache's key."""
+        features: dict[str, Tensor] = {}
+        key = (tower, encode.micro_batch, encode.invariance, encode.compiled)
+        for name in distinct:
+            feature = cache.get((*key, name))
+            if feature is not None:
+                features[name] = feature
+        missing = [name for name in distinct if name not in features]
         if missing:
-            for name, feature in zip(missing, encode([distinct[name] for name in missing]), strict=True):
-                known[name] = feature.clone()  # a row of a batch would keep the whole batch alive
-                cache.put((key, name), known[name])  # type: ignore[arg-type]
-        return {name: feature for name, feature in known.items() if feature is not None}
+            computed = encode([distinct[name] for name in missing])
+            if encode.micro_batch != key[1]:  # it ran out of memory: the features that were cached are of the old shape
+                return TowerRunner._features(cache, tower, encode, distinct)
+            for name, feature in zip(missing, computed, strict=True):
+                features[name] = feature.clone()  # a row of a batch would keep the whole batch alive
+                cache.put((*key, name), features[name])
+        return features
 
 
 def _prompts_of_every_length(model: TowerReward, count: int) -> list[list[Tensor]]:

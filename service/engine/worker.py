@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from models.base import (
     InputError,
     LoadOptions,
     ModelError,
+    Output,
     RewardModel,
     Sample,
     SampleError,
@@ -29,7 +31,7 @@ from models.base import (
     TowerReward,
 )
 from models.registry import load_model
-from service.engine.batcher import Batcher, Job, Outcome, Ticket
+from service.engine.batcher import Batcher, GradientResult, Job, Outcome, Ticket
 from service.engine.compile import BucketedFunction
 from service.engine.features import FeatureCache
 from service.engine.towers import TowerGradient, TowerRunner
@@ -112,7 +114,7 @@ class Worker:
         for _ in range(2):  # the first pass pays for allocations
             started = time.monotonic()
             batch = [self.prepare(canary, "score") for _ in range(self.full)]
-            failures = [outcome for outcome in self._score(batch) if isinstance(outcome, SampleError)]
+            failures = [outcome for outcome in self._bisect("score", batch) if isinstance(outcome, SampleError)]
             if failures:
                 raise RuntimeError(f"{self.name} does not score its own canary: {failures[0].message}")
             self.batcher.rate = self.full / max(time.monotonic() - started, 1e-6)
@@ -196,7 +198,7 @@ class Worker:
             outcomes = self._score(payloads) if job == "score" else self._run_gradient(payloads)
             if len(outcomes) != len(payloads):
                 raise ValueError(f"{self.name} gave {len(outcomes)} outputs for {len(payloads)} inputs")
-            return outcomes
+            return [checked(outcome) for outcome in outcomes]
         except Exception as error:
             if poisons_device(error):
                 raise DevicePoisoned(f"{self.name} poisoned its device: {error}") from error
@@ -251,6 +253,26 @@ class Worker:
         if not isinstance(model, TowerReward):
             raise TypeError(f"{self.name} is not differentiable")
         return model
+
+
+def checked(outcome: Any) -> Outcome:
+    """What a model gave for one sample, or a ModelError if that cannot be answered: not finite, not an output."""
+    if isinstance(outcome, SampleError):
+        return outcome
+    output = outcome.output if isinstance(outcome, GradientResult) else outcome
+    if not isinstance(output, Output):
+        return ModelError("the model gave something that is not an output")
+    numbers = [output.score, *output.outputs.values()]
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+        return ModelError("the model gave something that is not an output")
+    if not all(math.isfinite(number) for number in numbers):
+        return ModelError("the model gave a score that is not a finite number", code="not_finite")
+    if output.details:
+        try:
+            json.dumps(output.details, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            return ModelError("the model gave details that are not JSON")
+    return cast(Outcome, outcome)
 
 
 class Lane(threading.Thread):

@@ -15,6 +15,7 @@ from PIL import Image
 
 SAFETENSORS = "application/vnd.safetensors"
 JPEG_MODEL = "jpeg-incompressibility"
+INNER_TEXT = "inner exception text that no client may see"
 
 
 def grey(level: int, side: int = 32) -> NDArray[np.uint8]:

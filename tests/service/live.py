@@ -41,10 +41,10 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{PLUGINS}", "OMP_NUM_THREADS": "1", **extra}
 
 
-def command(folder: Path, settings: dict[str, Any]) -> list[str]:
+def command(folder: Path, settings: dict[str, Any], yaml_text: str | None = None) -> list[str]:
     """The command line of a service with BASE and ``settings``, whose YAML is written into ``folder``."""
     config = folder / "service.yaml"
-    config.write_text(yaml.safe_dump(BASE | settings))
+    config.write_text(yaml.safe_dump(BASE | settings) if yaml_text is None else yaml_text)
     return [sys.executable, "-m", "service.cli", "serve", "--config", str(config)]
 
 
@@ -130,12 +130,12 @@ class Live:
             self.process.wait(30)
 
 
-def spawn(folder: Path, settings: dict[str, Any], **env: str) -> Live:
-    """Start a service without waiting for it."""
+def spawn(folder: Path, settings: dict[str, Any], *, yaml_text: str | None = None, **env: str) -> Live:
+    """Start a service without waiting for it; ``yaml_text`` replaces the whole settings file."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
-            command(folder, settings), cwd=folder, env=environment(**env), stdout=stdout, stderr=stderr
+            command(folder, settings, yaml_text), cwd=folder, env=environment(**env), stdout=stdout, stderr=stderr
         )
     return Live(process, folder)
 

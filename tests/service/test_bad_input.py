@@ -76,7 +76,6 @@ BAD_JSON: dict[str, tuple[bytes, int, str]] = {
     "huge integer": (b'{"models": {"slow": 1' + b"0" * 4000 + b'}, "items": []}', 422, "invalid_request"),
     "infinite weight": (json.dumps(GOOD).replace("1.0", "1e999").encode(), 422, "invalid_request"),
     "NaN weight": (json.dumps(GOOD).replace("1.0", "NaN").encode(), 422, "invalid_request"),
-    "duplicate field": (json.dumps(GOOD)[:-1].encode() + b', "items": []}', 400, "invalid_json"),
 }
 
 
@@ -214,7 +213,7 @@ def test_gradient_speaks_safetensors_only(service: Live) -> None:
     [
         ("GET", "/score", 405), ("PUT", "/score", 405), ("DELETE", "/models", 405), ("POST", "/health/ready", 405),
         ("GET", "/", 404), ("POST", "/scores", 404), ("GET", "/models/nope", 404), ("GET", "/../etc/passwd", 404),
-        ("GET", "/%00", 404), ("GET", "/%ff%fe", 404), ("BREW", "/score", 405), ("GET", "/" + "a" * 8000, 404),
+        ("GET", "/%00", 404), ("GET", "/%ff%fe", 404), ("TRACE", "/score", 405), ("GET", "/" + "a" * 8000, 404),
     ],
 )  # fmt: skip
 def test_wrong_method_or_route(service: Live, method: str, path: str, status: int) -> None:
@@ -369,7 +368,7 @@ class TestSafetensors:
         assert response.status_code == 200, response.text
         result = response.json()["results"][0]
         assert result["scores"][JPEG_MODEL] == [None, good_score(service)]
-        assert result["errors"][0][0]["code"] in ("invalid_array", "image_too_small")
+        assert result["errors"][0][0]["code"] in ("invalid_image_array", "image_too_small", "side_too_long")
 
     @pytest.mark.parametrize(
         ("array", "code"),
@@ -522,11 +521,12 @@ class TestFraming:
     def test_a_length_that_is_too_large_and_a_client_that_leaves(self, service: Live) -> None:
         """Half a body and an end: nobody is there for an answer, and it is no fault of the service."""
         before = service.metric("reward_errors_total", code="internal_error")
+        log_before = len(service.log)
         text = json.dumps(GOOD).encode()
         self.exchange(service, f"{self.head}\nContent-Length: {len(text) + 10}", text, close=True)
         service.assert_empty_queue()
         assert service.metric("reward_errors_total", code="internal_error") == before
-        assert "unhandled exception" not in service.log
+        assert "ERROR" not in service.log[log_before:]
 
     @pytest.mark.parametrize(
         "lines",

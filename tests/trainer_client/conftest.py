@@ -56,6 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers["Content-Type"] == "application/vnd.safetensors":
             tensors = safetensors.numpy.load(body)
             (size,) = struct.unpack("<Q", body[:8])
+            assert size % 8 == 0, "the tensors must lie aligned, for readers that map them"
             received.request = json.loads(json.loads(body[8 : 8 + size])["__metadata__"]["request"])
             fetch: Callable[[str], np.ndarray] = tensors.__getitem__
         else:

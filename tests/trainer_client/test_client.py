@@ -220,6 +220,8 @@ def test_async_sends_the_pixels_of_the_call_even_if_the_array_changes_afterwards
         ({"prompt": "x", "images": ["cat.png"]}, "m", {}, TypeError, "not str"),
         ({"prompt": "x", "candidates": [{"text": "a", "image": np.zeros((2, 2, 3))}]}, "m", {}, ValueError, "one of"),
         ({"prompt": "x", "candidates": [{}]}, "m", {}, ValueError, "none"),
+        ({"prompt": "x", "candidates": [{"frames": [np.zeros((2, 2, 3))]}]}, "m", {}, ValueError, "fps"),
+        ({"prompt": "x", "candidates": [{"text": "a", "fps": 8}]}, "m", {}, ValueError, "fps"),
         ({"prompt": "x", "candidates": [{"text": "a"}], "metadata": {"x": float("nan")}}, "m", {}, ValueError, "JSON"),
         ({"prompt": "x", "candidates": [{"text": "a"}], "metadata": {"x": object()}}, "m", {}, TypeError, "JSON"),
         ([], "m", {}, ValueError, "at least one item"),
@@ -234,7 +236,7 @@ def test_wrong_arguments_raise_before_anything_is_sent(server, item, models, opt
     assert server.received == []
 
 
-@pytest.mark.parametrize("pairs", ["some", [], [[0, 0]], [[0, 3]], [[-1, 0]], [[0, 1, 2]]])
+@pytest.mark.parametrize("pairs", ["some", [], [[0, 0]], [[0, 3]], [[-1, 0]], [[0, 1, 2]], [[0, 1], [1, 0]]])
 def test_impossible_pairs_raise(server, images, pairs):
     with RewardClient(server.url) as client, pytest.raises(ValueError, match="pair"):
         client.compare(Item("x", images), "judge", pairs=pairs)

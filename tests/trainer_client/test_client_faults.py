@@ -98,6 +98,12 @@ def test_patience_ends_a_long_503(server, client):
     assert isinstance(raised.value, TransportError)
 
 
+def test_the_504_of_a_proxy_is_no_deadline(server, client):
+    server.default = server.plain(504)
+    with pytest.raises(ServiceUnavailable, match="504"):
+        client.score(ITEM, "mean")
+
+
 def test_no_patience_means_one_attempt(server, fake_time):
     server.play(server.plain(503))
     with (
@@ -176,6 +182,21 @@ def test_every_transport_fault_is_repeated_and_then_named(fake_time, fault, erro
     assert len(requests) == 3  # at 0, 0.5 and 1.5 s; the next would be at 3.5
 
 
+def test_a_connection_that_breaks_during_the_upload_says_how_far_it_came():
+    class Midway(httpx.BaseTransport):
+        def handle_request(self, request):
+            chunks = iter(request.stream)
+            next(chunks), next(chunks)  # asking for the second chunk says that the first is sent
+            raise httpx.WriteError("broken pipe")
+
+    item = Item("x", [np.zeros((512, 512, 3), np.uint8)])
+    with (
+        RewardClient("http://x", transport=Midway(), patience=0) as client,
+        pytest.raises(ConnectionFailed, match=r"broken pipe \(after \d+ of 7\d{5} bytes: is the request larger"),
+    ):
+        client.score(item, "mean")
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 415, 422])
 def test_a_rejected_request_is_not_repeated(server, client, fake_time, status):
     server.play(server.problem(status, "unknown_model"))
@@ -251,21 +272,46 @@ def test_a_silent_service_is_left_after_the_timeout(server, fake_time):
     assert len(server.received) == 2
 
 
-def test_an_answer_that_trickles_in_is_cut_off_at_the_deadline(fake_time):
-    class Trickle(httpx.SyncByteStream):
-        def __iter__(self):
-            while True:
-                fake_time.now += 1
-                yield b" "
+class Trickle(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """An answer of one blank a second, without end."""
 
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Trickle()))
-    with (
-        RewardClient("http://x", transport=transport, clock=fake_time.clock, sleep=fake_time.sleep) as client,
-        pytest.raises(DeadlineExceeded) as raised,
-    ):
-        client.score(ITEM, "mean", deadline=10)
+    def __init__(self, fake_time):
+        self.fake_time = fake_time
+        self.closed = False
+
+    def __iter__(self):
+        while True:
+            self.fake_time.now += 1
+            yield b" "
+
+    async def __aiter__(self):
+        for blank in self:
+            yield blank
+
+    def close(self):
+        self.closed = True
+
+    async def aclose(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_answer_that_trickles_in_is_cut_off_at_the_deadline(fake_time, is_async):
+    trickle = Trickle(fake_time)
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=trickle))
+
+    def score():
+        RewardClient("http://x", transport=transport, clock=fake_time.clock).score(ITEM, "mean", deadline=10)
+
+    async def score_async():
+        async with AsyncRewardClient("http://x", transport=transport, clock=fake_time.clock) as client:
+            await client.score(ITEM, "mean", deadline=10)
+
+    with pytest.raises(DeadlineExceeded) as raised:
+        asyncio.run(score_async()) if is_async else score()
     assert "still arriving" in str(raised.value.__cause__)
     assert fake_time.now <= 1000 + 10 + DEADLINE_GRACE + 1
+    assert trickle.closed  # the connection goes back to the pool or is dropped
 
 
 def test_services_take_turns_and_a_failing_one_is_left_at_once(server, fake_time):

@@ -336,7 +336,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(batch=consumes(batches))
     def settle(self, batch: list[Ticket]) -> None:
-        self.batcher.settle(batch, [Output(0.0)] * len(batch))
+        if batch:  # a lane has nothing to settle otherwise
+            self.batcher.settle(batch, [Output(0.0)] * len(batch))
 
     @invariant()
     def cost_is_that_of_live_tickets(self) -> None:

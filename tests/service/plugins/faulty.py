@@ -33,8 +33,7 @@ from models.base import (
     WeightsError,
 )
 from models.registry import register
-
-INNER_TEXT = "inner exception text that no client may see"
+from tests.service.bodies import INNER_TEXT
 
 
 def info(name: str, *, kind: Kind = "pointwise", differentiable: bool = False) -> RewardInfo:
@@ -136,20 +135,25 @@ class Poisons(Brightness):
 
 @register("oom-over-4")
 class OomOver4(Brightness):
-    """Runs out of memory with more than four samples: from the start, or (``later``) after a prompt "arm"."""
+    """Runs out of memory with more than four samples."""
 
     info: ClassVar[RewardInfo] = info("oom-over-4")
     uses_device: ClassVar[bool] = True
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        super().__init__(options)
-        self.armed = not options.get("later", False)
+    armed = True
 
     def run(self, batch: Sequence[Prepared]) -> Sequence[Output | SampleError]:
         self.armed = self.armed or any("arm" in entry.prompt for entry in batch)
         if self.armed and len(batch) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. " + INNER_TEXT)
         return super().run(batch)
+
+
+@register("oom-later")
+class OomLater(OomOver4):
+    """As oom-over-4, once a prompt has said "arm"."""
+
+    info: ClassVar[RewardInfo] = info("oom-later")
+    armed = False
 
 
 @register("wrong-length")

@@ -1,0 +1,137 @@
+"""Training: labels and losses as defined, and the same seed gives the same weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from open_clip import SimpleTokenizer
+from open_clip.model import CLIP
+
+from models.backbones.clip import tokenize
+from models.base import WeightsError
+from models.shapes.clip_model import clip_config, compact_index, known_tokens, pack, unpack
+from models.shapes.preferences import training_batch
+from models.shapes.prompts import TASKS
+from models.shapes.scenes import random_prompt
+from models.shapes.train_clip import (
+    TrainConfig,
+    Trainee,
+    cell_labels,
+    contrastive_loss,
+    preference_labels,
+    to_pixels,
+    to_tokens,
+    train,
+)
+
+SMALL = replace(TrainConfig(), contrastive_steps=2, preference_steps=2, prompts=3, per_prompt=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_same_seed_gives_the_same_weights_and_both_stages_train_every_part() -> None:
+    steps: list[tuple[int, int]] = []
+    trained = [train(SMALL, lambda step, total, text: steps.append((step, total))) for _ in range(2)]
+    assert steps == [(step, 4) for step in (1, 2, 3, 4)] * 2
+    first, second = (pack(model.clip, model.head) for model in trained)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.manual_seed(SMALL.seed)
+    untrained = dict(Trainee().named_parameters())
+    still = [name for name, value in trained[0].named_parameters() if torch.equal(value, untrained[name])]
+    assert still == []
+
+
+def test_preference_labels_follow_content_then_damage() -> None:
+    batch = training_batch(np.random.default_rng(2), 3, 4)
+    preference, weight = preference_labels(batch)
+    for g in range(3):
+        for i in range(12):
+            for j in range(12):
+                own = (i // 4 == g) + (j // 4 == g)
+                difference = float(batch.content_GN[g, i]) - float(batch.content_GN[g, j])
+                if abs(difference) >= 0.02:
+                    assert preference[g, i, j] == float(difference > 0)
+                else:
+                    cleaner = np.sign(batch.damage_N[j] - batch.damage_N[i])
+                    assert preference[g, i, j] == 0.5 + 0.5 * cleaner
+                if i == j or own == 0:
+                    assert weight[g, i, j] == 0
+                elif own == 2:
+                    assert weight[g, i, j] >= 0.3
+                else:
+                    assert weight[g, i, j] in (0, 0.25)
+    assert torch.equal(preference + preference.transpose(1, 2), torch.ones_like(preference))
+
+
+def test_contrastive_loss_equals_clips_for_one_positive_each() -> None:
+    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(5)
+    clips = (
+        torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
+    ) / 2
+    assert contrastive_loss(logits, torch.eye(5)).item() == pytest.approx(clips.item(), rel=1e-6)
+    worse = contrastive_loss(torch.cat([logits, torch.full((5, 2), 3.0)], 1), torch.eye(5, 7))
+    assert worse > clips
+
+
+def test_cell_labels_name_what_stands_where() -> None:
+    batch = training_batch(np.random.default_rng(3), 3, 4)
+    labels = cell_labels(batch.pictures)
+    assert labels.shape == (12, 2, 9)
+    for picture, row in zip(batch.pictures, labels, strict=True):
+        taken = {3 * entry.cell[0] + entry.cell[1] for entry in picture.scene.objects}
+        assert {i for i in range(9) if row[0, i] > 0} == {i for i in range(9) if row[1, i] > 0} == taken
+
+
+def test_every_word_of_the_grammar_has_a_token_row_of_its_own() -> None:
+    rng = np.random.default_rng(4)
+    for i in range(300):
+        prompt = random_prompt(rng, TASKS[i % 6])
+        assert (compact_index()[tokenize(prompt.text)[0]] > 0).all(), prompt.text
+    assert (compact_index()[tokenize("a photograph of a dachshund")[0]] == 0).any()
+    end = SimpleTokenizer().eot_token_id
+    assert compact_index().argmax() == end
+    assert len(set(compact_index()[list(known_tokens())].tolist())) == len(known_tokens())
+
+
+def test_the_expanded_text_tower_equals_the_compact_one_at_every_padding() -> None:
+    torch.manual_seed(0)
+    model = Trainee().eval()
+    tensors = pack(model.clip, model.head)
+    compact, _ = unpack(tensors, compact=True)
+    model.clip.load_state_dict(compact)
+    full = CLIP(**clip_config(compact=False)).eval()
+    full.load_state_dict(unpack(tensors)[0])
+    prompts = [random_prompt(np.random.default_rng(seed)) for seed in range(6)]
+    with torch.inference_mode():
+        trained = model.encode_text(to_tokens(prompts))
+        for row, prompt in zip(trained, prompts, strict=True):
+            served = full.encode_text(tokenize(prompt.text, (77,))[0][None])[0]
+            assert torch.allclose(served, row, atol=1e-5)
+
+
+def test_pixels_are_normalised_and_words_are_sometimes_unknown() -> None:
+    batch = training_batch(np.random.default_rng(5), 3, 4)
+    assert to_pixels(batch.images).shape == (12, 3, 64, 64)
+    known = to_tokens(batch.prompts)
+    dropped = to_tokens(batch.prompts, np.random.default_rng(0), 0.5)
+    assert (known > 0).all()
+    assert (dropped == 0).float().mean() > 0.2
+    assert torch.equal(known.argmax(1), dropped.argmax(1))
+
+
+def test_foreign_tensors_are_refused() -> None:
+    model = Trainee()
+    tensors = pack(model.clip, model.head)
+    with pytest.raises(WeightsError, match=r"clip\.\* or head\.\*"):
+        unpack({**tensors, "other": torch.zeros(1)})
+    with pytest.raises(WeightsError, match="token rows"):
+        unpack({**tensors, "clip.token_embedding.weight": torch.zeros(3, 128)})

@@ -1,0 +1,136 @@
+"""Three ways to send one request to a real process: equal pixels give equal scores."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.errors import Overloaded
+from service.telemetry import Telemetry
+from service.wire import ByteBudget
+from tests.service.bodies import JPEG_MODEL, SAFETENSORS, encoded, noise, score_body, tensor_body
+from tests.service.live import Live
+
+MODELS = {JPEG_MODEL: 0.5, "tiny-tower": 2.0}
+
+
+def by_json(live: Live, path: str, message: dict[str, Any], item: dict[str, Any], images: list[np.ndarray]) -> httpx.Response:
+    texts = [base64.b64encode(encoded(image)).decode() for image in images]
+    return live.post(path, message | {"items": [item | {"images": texts}]})
+
+
+def by_tensors(live: Live, path: str, message: dict[str, Any], item: dict[str, Any], images: list[np.ndarray]) -> httpx.Response:
+    tensors = {f"item0.image{i}": image for i, image in enumerate(images)}
+    body = tensor_body(message | {"items": [item | {"images": list(tensors)}]}, tensors)
+    return live.post(path, content=body, headers={"content-type": SAFETENSORS})
+
+
+def by_form(live: Live, path: str, message: dict[str, Any], item: dict[str, Any], images: list[np.ndarray]) -> httpx.Response:
+    fields: dict[str, Any] = {name: value if isinstance(value, str) else json.dumps(value) for name, value in item.items()}
+    fields |= {name: json.dumps(value) for name, value in message.items() if name not in ("models", "model")}
+    fields["model"] = message.get("model") or [f"{name}={weight}" for name, weight in message["models"].items()]
+    files = [("images", (f"{i}.png", encoded(image))) for i, image in enumerate(images)]
+    return live.post(path, data=fields, files=files)
+
+
+WIRES = [by_json, by_tensors, by_form]
+
+
+def answers(live: Live, path: str, message: dict[str, Any], item: dict[str, Any], images: list[np.ndarray]) -> list[Any]:
+    """The answer of each wire, without what may differ: the timing."""
+    found = []
+    for wire in WIRES:
+        response = wire(live, path, message, item, images)
+        assert response.status_code == 200, f"{wire.__name__}: {response.text[:500]}"
+        found.append({name: value for name, value in response.json().items() if name != "timing_ms"})
+    return found
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompt=st.text(min_size=1, max_size=30),
+    sizes=st.lists(st.tuples(st.integers(16, 48), st.integers(16, 48)), min_size=1, max_size=4),
+    seed=st.integers(0, 2**31),
+)
+def test_three_wires_give_equal_scores(service: Live, prompt: str, sizes: list[tuple[int, int]], seed: int) -> None:
+    images = [noise(seed + i, height, width) for i, (height, width) in enumerate(sizes)]
+    first, *others = answers(service, "/score", {"models": MODELS}, {"prompt": prompt, "metadata": {"a": [1]}}, images)
+    assert all(other == first for other in others)
+    [result] = first["results"]
+    assert all(isinstance(total, float) for total in result["total"])
+    assert result["total"] == [
+        pytest.approx(sum(weight * result["scores"][model][i] for model, weight in MODELS.items()))
+        for i in range(len(images))
+    ]
+
+
+@pytest.mark.parametrize("pairs", ["all", [[2, 0], [1, 2]]])
+def test_three_wires_give_equal_preferences(service: Live, pairs: Any) -> None:
+    images = [noise(i) for i in range(3)]
+    message = {"model": "tiny-tower", "both_orders": False}
+    first, *others = answers(service, "/compare", message, {"prompt": "a cat", "pairs": pairs}, images)
+    assert all(other == first for other in others)
+    assert len(first["results"][0]["comparisons"]) == (3 if pairs == "all" else 2)
+
+
+def test_the_order_of_items_and_candidates_is_kept(service: Live) -> None:
+    """Scores come back where their images were, for any order and grouping."""
+    images = [noise(i, 24 + 4 * i, 32) for i in range(6)]
+    tensors = {f"t{i}": image for i, image in enumerate(images)}
+
+    def scores(groups: list[list[int]]) -> dict[int, float]:
+        items = [{"prompt": "a", "images": [f"t{i}" for i in group]} for group in groups]
+        used = {f"t{i}": tensors[f"t{i}"] for group in groups for i in group}
+        body = tensor_body(score_body("tiny-tower", *items), used)
+        response = service.post("/score", content=body, headers={"content-type": SAFETENSORS})
+        results = response.json()["results"]
+        return {
+            i: score
+            for group, result in zip(groups, results, strict=True)
+            for i, score in zip(group, result["scores"]["tiny-tower"], strict=True)
+        }
+
+    expected = scores([[0, 1, 2, 3, 4, 5]])
+    assert len(set(expected.values())) == 6
+    assert scores([[5, 3], [1], [0, 4, 2]]) == expected
+    assert {**scores([[4]]), **scores([[0, 5]]), **scores([[1, 2, 3]])} == expected
+
+
+def test_one_tensor_may_stand_for_several_candidates(service: Live) -> None:
+    request = score_body("tiny-tower", {"prompt": "a", "images": ["x", "x"]}, {"prompt": "a", "images": ["x"]})
+    body = tensor_body(request, {"x": noise(0)})
+    results = service.post("/score", content=body, headers={"content-type": SAFETENSORS}).json()["results"]
+    assert len({score for result in results for score in result["scores"]["tiny-tower"]}) == 1
+
+
+def test_content_types_are_read_as_http_says(service: Live) -> None:
+    """Case and parameters do not count."""
+    body = json.dumps(score_body(JPEG_MODEL, {"prompt": "a", "images": [base64.b64encode(encoded(noise(0))).decode()]}))
+    for value in ("application/json; charset=utf-8", "Application/JSON", "application/json ;x=y"):
+        response = service.post("/score", content=body, headers={"content-type": value})
+        assert response.status_code == 200, response.text
+
+
+@given(st.integers(1, 1000), st.lists(st.integers(0, 400), max_size=10))
+def test_the_byte_budget_is_never_exceeded_and_always_returned(limit: int, counts: list[int]) -> None:
+    budget = ByteBudget(limit, Telemetry())
+    taken = []
+    for count in counts:
+        try:
+            budget.take(count)
+        except Overloaded as error:
+            assert sum(taken) + count > limit
+            assert error.retry_after_s == 1
+        else:
+            taken.append(count)
+        assert budget.used == sum(taken) <= limit
+    for count in taken:
+        budget.give_back(count)
+    assert budget.used == 0
