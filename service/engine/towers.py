@@ -53,7 +53,10 @@ class TowerRunner:
     @torch.inference_mode()
     def score(self, batch: Sequence[TowerInput]) -> list[Output | SampleError]:
         images = self._features(
-            self._image_cache, self.model.image_key, self.images, {entry.image_id: entry.pixels for entry in batch}
+            self._image_cache,
+            f"{self.model.image_key}|{self.model.dtype}",
+            self.images,
+            {entry.image_id: entry.pixels for entry in batch},
         )
         texts = self._texts(batch)
         results: list[Output | SampleError] = []
@@ -73,7 +76,9 @@ class TowerRunner:
             by_length.setdefault(len(entry.tokens), {})[entry.text_id] = entry.tokens
         features: dict[str, Tensor] = {}
         for distinct in by_length.values():
-            features |= self._features(self._text_cache, self.model.text_key, self.texts, distinct)
+            features |= self._features(
+                self._text_cache, f"{self.model.text_key}|{self.model.dtype}", self.texts, distinct
+            )
         return features
 
     @staticmethod
@@ -127,7 +132,7 @@ class TowerGradient:
     @torch.enable_grad()
     def _chunk(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
         model = self.model
-        leaves = [entry.pixels.to(model.device).requires_grad_() for entry in batch]
+        leaves = [entry.pixels.detach().to(model.device).requires_grad_() for entry in batch]
         inputs = [model.preprocess_tensor(leaf[None]) for leaf in leaves]
         with torch.no_grad():
             distinct = {entry.text_id: entry.tokens for entry in batch}
