@@ -114,8 +114,6 @@ async def handle(request: Request, error: Exception) -> Response:
             headers["Retry-After"] = str(error.retry_after_s)
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if status == 413:  # do not read an oversized body to its end only to throw it away
-            headers["Connection"] = "close"
     elif isinstance(error, HTTPException):
         status, code, extra = error.status_code, http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), {}
         detail = "no such route" if status == 404 else str(error.detail)

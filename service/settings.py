@@ -44,8 +44,8 @@ class ModelSettings(Section):
 class LimitSettings(Section):
     """What a request may ask for. Beyond them: 413 or 422, or a typed error of the one image."""
 
-    body_bytes: int = Field(64 << 20, ge=1 << 10)
-    inflight_bytes: int = Field(256 << 20, ge=1 << 10, description="bodies being read or answered, all together")
+    body_bytes: int = Field(128 << 20, ge=1 << 10)
+    inflight_bytes: int = Field(512 << 20, ge=1 << 10, description="bodies being read or answered, all together")
     items: int = Field(64, ge=1)
     images_per_item: int = Field(64, ge=1)
     images_per_request: int = Field(256, ge=1)
