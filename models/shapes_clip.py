@@ -30,7 +30,7 @@ from models.shapes.clip_model import (
 from models.shapes.world import Scene, SceneObject, render
 from models.weights import hash_tensors, load_safetensors
 
-PARAMETERS = 0
+PARAMETERS = 7_953_410
 
 
 @register("shapes-clip")

@@ -11,10 +11,11 @@ from fastapi import Depends, FastAPI
 
 from service import errors
 from service.engine.engine import Engine
+from service.openapi import describe_bodies
 from service.process import exit_soon
 from service.routes import catalog, compare, gradient, health, score
 from service.routes.common import Service, authorize
-from service.schemas import Problem
+from service.schemas import CompareRequest, GradientRequest, Problem, ScoreRequest
 from service.settings import Settings
 from service.telemetry import RequestMiddleware, Telemetry
 from service.wire import ByteBudget
@@ -42,8 +43,9 @@ def create_app(settings: Settings | None = None, on_fatal: Callable[[str], None]
         settings, engine, telemetry, ByteBudget(settings.limits.inflight_bytes, telemetry), digests
     )
     errors.install(app)
-    app.add_middleware(RequestMiddleware, telemetry=telemetry)
+    app.add_middleware(RequestMiddleware, telemetry=telemetry, on_error=errors.handle)
     for router in (score.router, compare.router, gradient.router, catalog.router):
         app.include_router(router, dependencies=[Depends(authorize)])
     app.include_router(health.router)
+    describe_bodies(app, [ScoreRequest, CompareRequest, GradientRequest])
     return app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Rewards for images, over HTTP.")
 console = Console()
+progress = Console(stderr=True)
 
 Url = Annotated[str, typer.Option(help="the service", envvar="REWARD_URL")]
 Key = Annotated[str | None, typer.Option(help="bearer key", envvar="REWARD_API_KEY")]
@@ -77,7 +80,7 @@ def score(
     answers = []
     with _client(url, key) as client:
         for chunk in track(
-            list(_chunks(images)), "scoring", console=console, disable=len(images) <= IMAGES_PER_REQUEST
+            list(_chunks(images)), "scoring", console=progress, disable=len(images) <= IMAGES_PER_REQUEST
         ):
             item = {"prompt": prompt, "images": [_encode(path) for path in chunk], "metadata": extra}
             answers.append(_post(client, "/score", {"models": weights, "items": [item], "explain": True}))
@@ -87,10 +90,10 @@ def score(
     rows = [(path, answer["results"][0], i) for chunk, answer in zip(_chunks(images), answers, strict=True)
             for i, path in enumerate(chunk)]  # fmt: skip
     rows.sort(key=lambda row: (row[1]["total"][row[2]] is None, -(row[1]["total"][row[2]] or 0.0)))
-    table = Table("rank", "image", *weights, "total", "notes", title=prompt)
+    table = Table("rank", "image", *weights, "total", "notes", title=Text(prompt))
     for rank, (path, result, i) in enumerate(rows, 1):
         scores = [_number(result["scores"][name][i]) for name in weights]
-        table.add_row(str(rank), path.name, *scores, _number(result["total"][i]), _notes(result, i))
+        table.add_row(str(rank), Text(path.name), *scores, _number(result["total"][i]), _notes(result, i))
     console.print(table)
     if all(result["total"][i] is None for _, result, i in rows):
         raise typer.Exit(1)
@@ -106,17 +109,17 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare images pairwise and print the ranking with Bradley-Terry strengths."""
-    with _client(url, key) as client, console.status("comparing"):
+    with _client(url, key) as client, progress.status("comparing"):
         item = {"prompt": prompt, "images": [_encode(path) for path in images]}
         answer = _post(client, "/compare", {"model": model, "items": [item]})
     if as_json:
         console.print_json(json.dumps(answer))
         return
     result = answer["results"][0]
-    table = Table("rank", "image", "win rate", "strength", "± s.e.", "notes", title=f"{model}: {prompt}")
+    table = Table("rank", "image", "win rate", "strength", "± s.e.", "notes", title=Text(f"{model}: {prompt}"))
     for rank, i in enumerate(result["ranking"], 1):
         numbers = [_number(result[name][i]) for name in ("win_rate", "strength", "strength_stderr")]
-        table.add_row(str(rank), images[i].name, *numbers, _notes(result, i))
+        table.add_row(str(rank), Text(images[i].name), *numbers, _notes(result, i))
     console.print(table)
 
 
@@ -201,9 +204,12 @@ def _encode(path: Path) -> str:
 def _model_and_weight(text: str) -> tuple[str, float]:
     name, equals, weight = text.partition("=")
     try:
-        return name, float(weight) if equals else 1.0
+        value = float(weight) if equals else 1.0
     except ValueError:
-        _stop(f"--model {text}: the weight is not a number")
+        value = math.nan
+    if not math.isfinite(value):
+        _stop(f"--model {text}: the weight is not a finite number")
+    return name, value
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -220,14 +226,14 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _notes(result: dict[str, Any], i: int) -> str:
+def _notes(result: dict[str, Any], i: int) -> Text:
     notes = [f"{e['code']}: {e['message']}" for e in result["errors"][i]] + [
         w["message"] for w in result["warnings"][i]
     ]
     for model, details in (result.get("details") or {}).items():
         if details[i]:
             notes.append(f"{model}: " + ", ".join(f"{k}={v}" for k, v in details[i].items() if isinstance(v, str)))
-    return "; ".join(notes)
+    return Text("; ".join(notes))  # recognised text is somebody else's: never markup
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     ├── BadRequest                  400 the body cannot be read
     ├── Unauthorized                401
     ├── UnknownModel                404
+    ├── BodyTimeout                 408 the body did not arrive in time
     ├── PayloadTooLarge             413
     ├── UnsupportedMediaType        415
     ├── InvalidRequest              422 the body can be read and asks for something that cannot be
@@ -57,6 +58,10 @@ class Unauthorized(ServiceError):
 
 class UnknownModel(ServiceError):
     status, code = 404, "unknown_model"
+
+
+class BodyTimeout(ServiceError):
+    status, code = 408, "body_timeout"
 
 
 class PayloadTooLarge(ServiceError):
@@ -127,5 +132,5 @@ async def handle(request: Request, error: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    for kind in (ServiceError, HTTPException, Exception):
+    for kind in (ServiceError, HTTPException):  # what nobody expects reaches handle() through RequestMiddleware
         app.add_exception_handler(kind, handle)

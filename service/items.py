@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from models.base import Candidate, Context, Sample
-from service.engine.engine import Made, Maker
+from service.engine.request import Made, Maker
 from service.errors import InvalidRequest
 from service.images import DecodedImage, ImageLimits, decode_base64, decode_image, from_array
 from service.schemas import CandidateIn, ContextIn, ItemIn
@@ -141,7 +141,7 @@ class Once(Generic[T]):
     def __call__(self) -> T:
         with self._lock:
             if self._error is not None:
-                raise self._error
+                raise self._error.with_traceback(None)
             if not self._result:
                 try:
                     self._result.append(self._function())

@@ -87,6 +87,8 @@ class Server(uvicorn.Server):
             await asyncio.wait_for(self._engine.idle(), drain.max_s)
         except TimeoutError:
             self.drained = False
+            self._engine.abandon()
+            await asyncio.sleep(0.1)  # the loop writes the answers
             log.error("drain timed out; admitted work is lost", extra={"max_s": drain.max_s})
         await asyncio.sleep(max(0.0, drain.min_s - (time.monotonic() - started)))
         log.info("drained", extra={"seconds": round(time.monotonic() - started, 2)})
@@ -98,7 +100,11 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((host, port))
+    try:
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
     return bound
 
 

@@ -39,6 +39,7 @@ class ModelSettings(Section):
     micro_batch: int | None = Field(None, ge=1, le=4096)
     options: dict[str, Any] = Field(default_factory=dict)
     watchdog_s: float | None = Field(None, gt=0)
+    gradients: bool = Field(True, description="answer /gradient; in another dtype than float32 it takes a second copy")
 
 
 class LimitSettings(Section):
@@ -46,6 +47,7 @@ class LimitSettings(Section):
 
     body_bytes: int = Field(128 << 20, ge=1 << 10)
     inflight_bytes: int = Field(512 << 20, ge=1 << 10, description="bodies being read or answered, all together")
+    body_timeout_s: float = Field(60.0, gt=0, description="for the whole body to arrive")
     items: int = Field(64, ge=1)
     images_per_item: int = Field(64, ge=1)
     images_per_request: int = Field(256, ge=1)
@@ -79,6 +81,20 @@ class DrainSettings(Section):
 
     min_s: float = Field(0.0, ge=0, description="keep answering 503 at least this long, so that balancers notice")
     max_s: float = Field(60.0, gt=0, description="give up on admitted work after this long (exit 1)")
+
+
+class _YamlSource(YamlConfigSettingsSource):
+    """The YAML file; its ``models`` give way as a whole to those of a stronger source, instead of being merged."""
+
+    def __init__(self, *args: Any, stronger: list[PydanticBaseSettingsSource], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stronger = stronger
+
+    def __call__(self) -> dict[str, Any]:
+        values = super().__call__()
+        if any("models" in source() for source in self._stronger):
+            values = {name: value for name, value in values.items() if name != "models"}
+        return values
 
 
 class Settings(BaseSettings):
@@ -161,7 +177,7 @@ class Settings(BaseSettings):
         if config:
             if not Path(config).is_file():
                 raise FileNotFoundError(f"REWARD_CONFIG names {config}, which is not a file")
-            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=config))
+            sources.append(_YamlSource(settings_cls, yaml_file=config, stronger=sources.copy()))
         return tuple(sources)
 
     def bearer_keys(self) -> list[str]:
@@ -176,6 +192,8 @@ class Settings(BaseSettings):
             if not from_file:
                 raise ValueError(f"api_keys_file {self.api_keys_file} holds no key")
             keys += from_file
+        if not all(key.strip() for key in keys):
+            raise ValueError("an api key is empty")
         return keys
 
 

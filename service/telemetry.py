@@ -9,13 +9,18 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from pythonjsonlogger.json import JsonFormatter
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+OnError = Callable[[Request, Exception], Awaitable[Response]]
+
 REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # Rewards live on very different scales (cosines, logits, kilobytes): buckets are fine around 0..1 and coarse far out.
@@ -152,9 +157,10 @@ def configure_logging(level: str, style: str) -> None:
 class RequestMiddleware:
     """Gives each request an id (a safe X-Request-ID is kept), counts it, times it and logs it."""
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, on_error: OnError) -> None:
         self.app = app
         self.telemetry = telemetry
+        self.on_error = on_error
         self.log = logging.getLogger("service.access")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -177,14 +183,17 @@ class RequestMiddleware:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except Exception:
-            status = status or 500  # the answer to an unhandled exception is written outside of this middleware
-            raise
+        except Exception as error:
+            if status:  # the answer has begun: all that is left is to break the connection
+                raise
+            response = await self.on_error(Request(scope), error)
+            await response(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started
             # the route's template, so that unknown paths cannot grow the number of series
             route = getattr(scope.get("route"), "path", "unknown")
-            self.telemetry.requests.labels(route, scope["method"] if route != "unknown" else "any", status).inc()
+            method = scope["method"] if scope["method"] in _METHODS and route != "unknown" else "other"
+            self.telemetry.requests.labels(route, method, status).inc()
             self.telemetry.latency.labels(route).observe(seconds)
             level = logging.DEBUG if route.startswith(("/health", "/metrics")) else logging.INFO
             self.log.log(

@@ -11,6 +11,7 @@ Nothing here decodes an image: :class:`Incoming` hands out raw sources, and pool
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from starlette.requests import ClientDisconnect
 from service import tensors
 from service.errors import (
     BadRequest,
+    BodyTimeout,
     ClientDisconnected,
     InvalidRequest,
     Overloaded,
@@ -53,10 +55,14 @@ class ByteBudget:
         self.used = 0
         self._gauge = telemetry.inflight_bytes
 
-    def take(self, count: int) -> None:
-        """Reserve ``count`` bytes or raise Overloaded."""
+    def check(self, count: int) -> None:
+        """Raise Overloaded if ``count`` more bytes would not fit."""
         if self.used + count > self.limit:
             raise Overloaded("the requests in flight hold as many bytes as this service allows", retry_after_s=1)
+
+    def take(self, count: int) -> None:
+        """Reserve ``count`` bytes or raise Overloaded."""
+        self.check(count)
         self.used += count
         self._gauge.set(self.used)
 
@@ -108,21 +114,20 @@ async def receive(request: Request, limits: LimitSettings, budget: ByteBudget) -
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type not in (JSON, MULTIPART, SAFETENSORS):
         raise UnsupportedMediaType(f"Content-Type must be {JSON}, {MULTIPART} or {SAFETENSORS}")
+    budget.check(_declared_length(request, limits.body_bytes))  # refused before it is read, where it tells its length
     taken = 0
     try:
-        declared = _declared_length(request, limits.body_bytes)
-        if declared:
-            budget.take(declared)
-            taken = declared
         body = bytearray()
         try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body_bytes:
-                    raise PayloadTooLarge(f"the body is over {limits.body_bytes} bytes")
-                if len(body) > taken:  # chunked transfer: the length was not told
-                    budget.take(len(body) - taken)
-                    taken = len(body)
+            async with asyncio.timeout(limits.body_timeout_s):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limits.body_bytes:
+                        raise PayloadTooLarge(f"the body is over {limits.body_bytes} bytes")
+                    budget.take(len(chunk))  # what has come, not what was promised: silence holds nothing
+                    taken += len(chunk)
+        except TimeoutError as error:
+            raise BodyTimeout(f"the body did not come within {limits.body_timeout_s:g} s") from error
         except ClientDisconnect as error:
             raise ClientDisconnected("the client left while it was sending") from error
         if content_type == JSON:

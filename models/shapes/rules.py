@@ -183,6 +183,7 @@ def explain(prompt: Prompt, found: Sequence[Found]) -> str:
             verb = "is" if _relation_holds(prompt, found) else "is not"
             clauses.append(f"the {include.noun(1)} {verb} {relation} the {target.noun(1)}")
     if others:
-        counts = Counter(thing.name for thing in others)
-        clauses.append("also found " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
+        counts = sorted(Counter((thing.color or "grey", thing.shape or "blob") for thing in others).items())
+        listed = [_numbered(count, Include(shape, count, color)) for (color, shape), count in counts]
+        clauses.append("also found " + ", ".join(listed))
     return "; ".join(clauses)

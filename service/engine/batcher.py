@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from models.base import Output, SampleError
-from service.errors import Overloaded
+from service.errors import InvalidRequest, Overloaded
 from service.telemetry import Telemetry
 
 Job = Literal["score", "gradient"]
@@ -78,8 +78,16 @@ class Batcher:
     # -- admission (event loop) ---------------------------------------------------------------------------------------
 
     def check(self, count: int, job: Job) -> None:
-        """Raise :class:`Overloaded` with the time until ``count`` samples would fit, if they do not now."""
+        """Raise :class:`Overloaded` with the time until ``count`` samples would fit, if they do not now.
+
+        Raises :class:`InvalidRequest` if they never will.
+        """
         cost = count * COST[job]
+        if cost > self.max_cost:
+            raise InvalidRequest(
+                f"{count} samples of {job} cost {cost}; {self.model} admits {self.max_cost}: split the request",
+                code="request_too_large",
+            )
         with self._wakeup:
             over = self._cost + cost - self.max_cost
             if over <= 0:

@@ -148,6 +148,8 @@ class BucketedFunction:
         return features[: len(rows)].clone()
 
     def _try_compiled(self, rows: Sequence[Tensor]) -> None:
+        from torch._dynamo.exc import BackendCompilerFailed  # seconds to import, for those who compile
+
         allow_many_shapes()
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # reduce-overhead captures CUDA graphs
         compiled = cast(RowFunction, torch.compile(self._plain, mode=mode, dynamic=False))
@@ -161,13 +163,23 @@ class BucketedFunction:
         except torch.OutOfMemoryError:
             self._function = self._plain
             raise
+        except BackendCompilerFailed:
+            if self._compile != "measure":
+                raise
+            log.warning("cannot compile here, staying with plain", extra={"function": self.name}, exc_info=True)
+            compile_s, compiled_s = 0.0, float("inf")
         self._tried = True
         self.compiled = compiled_s < plain_s
         if not self.compiled:
             self._function = self._plain
         log.info(
             "compiled" if self.compiled else "compiled is not faster",
-            extra={"function": self.name, "compile_s": round(compile_s, 1), "ratio": round(compiled_s / plain_s, 3)},
+            extra={
+                "function": self.name,
+                "compile_s": round(compile_s, 1),
+                "plain_s": plain_s,
+                "compiled_s": compiled_s,
+            },
         )
 
     def _seconds(self, rows: Sequence[Tensor], repeats: int = 5) -> float:

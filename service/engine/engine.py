@@ -15,90 +15,28 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 import models.catalog  # noqa: F401  (registers the reward models)
-from models.base import LoadOptions, ModelError, Sample, SampleError, TowerReward
+from models.base import ModelError, SampleError
 from models.registry import get_model, list_models
 from service.engine.batcher import Batcher, Job, Outcome, Ticket
 from service.engine.compile import use_compile_cache
 from service.engine.features import FeatureCache
-from service.engine.worker import Lane, TensorSample, Worker, WorkerOptions
-from service.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServiceError, Unavailable, UnknownModel
-from service.settings import ModelSettings, Settings
+from service.engine.lane import Lane
+from service.engine.plan import resolve_device, worker_options
+from service.engine.request import Maker, PendingRequest, SampleResult, Timing, bare, timing
+from service.engine.worker import Worker
+from service.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UnknownModel
+from service.settings import Settings
 from service.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
 State = Literal["starting", "serving", "draining", "failed"]
 CANARY_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What a maker gives: a decoded sample and what the caller should know about its image."""
-
-    sample: Sample | TensorSample
-    warnings: tuple[str, ...] = ()
-
-
-Maker = Callable[[], Made]
-"""Decodes one sample on a pool thread; raises SampleError when its input cannot be read."""
-
-
-@dataclass(eq=False)
-class SampleResult:
-    """All that is known of one sample when its request ends."""
-
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    unreadable: SampleError | None = None
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Timing:
-    """The longest that any sample of the request spent in each stage, in milliseconds."""
-
-    decode: float
-    queue: float
-    forward: float
-
-
-class _Request:
-    """The response channel of one submission: collects outcomes from any thread, wakes its coroutine once."""
-
-    def __init__(self, count: int, expected: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.results = [SampleResult() for _ in range(count)]
-        self.done: asyncio.Future[None] = loop.create_future()
-        self._loop = loop
-        self._left = expected
-        self._lock = threading.Lock()
-
-    def settle(self, index: int, model: str, outcome: Outcome) -> None:
-        with self._lock:
-            self.results[index].outcomes[model] = outcome
-            self._left -= 1
-            finished = self._left == 0
-        if finished:
-            self._loop.call_soon_threadsafe(self._finish, None)
-
-    def snapshot(self) -> list[SampleResult]:
-        """The results so far; a forward that is still running cannot change them any more."""
-        with self._lock:
-            return [SampleResult(dict(r.outcomes), r.unreadable, r.warnings) for r in self.results]
-
-    def fail(self, error: ServiceError) -> None:
-        self._loop.call_soon_threadsafe(self._finish, error)
-
-    def _finish(self, error: ServiceError | None) -> None:
-        if not self.done.done():
-            if error is None:
-                self.done.set_result(None)
-            else:
-                self.done.set_exception(error)
 
 
 class Engine:
@@ -111,7 +49,8 @@ class Engine:
         self._telemetry = telemetry
         self._on_fatal = on_fatal
         self._lanes: list[Lane] = []
-        self._requests: set[_Request] = set()
+        self._requests: set[PendingRequest] = set()
+        self._canaries: dict[str, asyncio.Task[bool]] = {}
         threads = settings.decode_threads or min(8, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._idle = asyncio.Event()
@@ -131,13 +70,25 @@ class Engine:
         self._build(device)
         for lane in self._lanes:
             lane.start()
-        for lane in self._lanes:
-            await asyncio.to_thread(lane.started_ok.wait)
-            if lane.startup_error is not None:
-                raise lane.startup_error
+        try:
+            await self._lanes_started()
+        except BaseException:
+            await self.stop()
+            raise
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        self.state = "serving"
-        log.info("serving", extra={"models": sorted(self.workers), "device": str(device)})
+        if self.state == "starting":
+            self.state = "serving"
+        log.info(self.state, extra={"models": sorted(self.workers), "device": str(device)})
+
+    async def _lanes_started(self) -> None:
+        """Wait for every lane; raises the first startup error as soon as there is one, whatever still loads."""
+        waiting = list(self._lanes)
+        while waiting:
+            for lane in self._lanes:
+                if lane.startup_error is not None:
+                    raise lane.startup_error
+            waiting = [lane for lane in waiting if not lane.started_ok.is_set()]
+            await asyncio.sleep(0.05)
 
     def _build(self, device: torch.device) -> None:
         shared = Lane("device", self.fail)
@@ -190,6 +141,11 @@ class Engine:
             self.state = "draining"
             log.info("draining", extra={"requests": len(self._requests)})
 
+    def abandon(self) -> None:
+        """Answer everything that still waits with 503: the drain has taken too long."""
+        for request in list(self._requests):
+            request.fail(self._unavailable())
+
     async def idle(self) -> None:
         """Wait until no request is in the engine."""
         await self._idle.wait()
@@ -225,8 +181,8 @@ class Engine:
         if self.state != "serving":
             raise self._unavailable()
         for worker in workers:
-            if job == "gradient" and not worker.model.info.differentiable:
-                raise InvalidRequest(f"{worker.name} is not differentiable", code="not_differentiable")
+            if job == "gradient" and not worker.differentiable:
+                raise InvalidRequest(f"{worker.name} gives no gradients here", code="not_differentiable")
             worker.batcher.check(count, job)
         return workers
 
@@ -258,15 +214,16 @@ class Engine:
         SampleError with the code ``deadline``; when none is finished, DeadlineExceeded is raised. When the caller is
         cancelled (its client left), work that has not begun is dropped.
         """
+        if not models or not makers:
+            raise ValueError("a submission has at least one model and one sample")
         workers = self.require(models, len(makers), job)  # no await from here to admit(): all or nothing
-        request = _Request(len(makers), len(makers) * len(workers), asyncio.get_running_loop())
+        request = PendingRequest(makers, len(makers) * len(workers), asyncio.get_running_loop())
         rows = [[self._admit(worker, request, i, job, deadline) for worker in workers] for i in range(len(makers))]
-        self._requests.add(request)
-        self._idle.clear()
+        self._register(request)
         reason: Literal["deadline", "disconnect"] = "disconnect"
         try:
-            for i, maker in enumerate(makers):
-                self._pool.submit(self._prepare, request, i, maker, workers, rows[i])
+            for i, row in enumerate(rows):
+                self._pool.submit(self._prepare, request, i, workers, row)
             await asyncio.wait_for(asyncio.shield(request.done), max(0.0, deadline - time.monotonic()))
         except TimeoutError:
             reason = "deadline"
@@ -274,13 +231,23 @@ class Engine:
             for row in rows:
                 for worker, ticket in zip(workers, row, strict=True):
                     worker.batcher.drop(ticket, reason)
-            request.done.cancel()
-            self._requests.discard(request)
-            if not self._requests:
-                self._idle.set()
+            self._unregister(request)
         return self._collect(request, models), timing([ticket for row in rows for ticket in row])
 
-    def _admit(self, worker: Worker, request: _Request, index: int, job: Job, deadline: float) -> Ticket:
+    def _register(self, request: PendingRequest) -> None:
+        self._requests.add(request)
+        self._idle.clear()
+        if self.state == "failed":  # it failed, on another thread, after this request was let in
+            request.fail(self._unavailable())
+
+    def _unregister(self, request: PendingRequest) -> None:
+        request.makers = None
+        request.done.cancel()
+        self._requests.discard(request)
+        if not self._requests:
+            self._idle.set()
+
+    def _admit(self, worker: Worker, request: PendingRequest, index: int, job: Job, deadline: float) -> Ticket:
         def settle(ticket: Ticket, outcome: Outcome) -> None:
             self._observe(worker.name, ticket, outcome)
             request.settle(index, worker.name, outcome)
@@ -290,21 +257,23 @@ class Engine:
         return ticket
 
     def _prepare(
-        self, request: _Request, index: int, maker: Maker, workers: Sequence[Worker], tickets: Sequence[Ticket]
+        self, request: PendingRequest, index: int, workers: Sequence[Worker], tickets: Sequence[Ticket]
     ) -> None:
         """On a pool thread: decode one sample and prepare it for each model."""
-        if all(ticket.state != "admitted" for ticket in tickets):
+        makers = request.makers
+        if makers is None or all(ticket.state != "admitted" for ticket in tickets):
             return
         try:
-            made = maker()
+            made = makers[index]()
         except Exception as error:
-            unreadable = error
-            if not isinstance(error, SampleError):
+            if isinstance(error, SampleError):
+                unreadable = bare(error)
+            else:
                 log.exception("decode failed")
                 unreadable = ModelError("the service failed to decode this candidate", code="decode_failed")
-            request.results[index].unreadable = unreadable  # type: ignore[assignment]
+            request.results[index].unreadable = unreadable
             for worker, ticket in zip(workers, tickets, strict=True):
-                worker.batcher.reject(ticket, unreadable)  # type: ignore[arg-type]
+                worker.batcher.reject(ticket, unreadable)
             return
         request.results[index].warnings = made.warnings
         for worker, ticket in zip(workers, tickets, strict=True):
@@ -313,7 +282,7 @@ class Engine:
             try:
                 worker.batcher.ready(ticket, worker.prepare(made.sample, ticket.job))
             except SampleError as error:
-                worker.batcher.reject(ticket, error)
+                worker.batcher.reject(ticket, bare(error))
 
     def _observe(self, model: str, ticket: Ticket, outcome: Outcome) -> None:
         stage = self._telemetry.stage
@@ -325,7 +294,7 @@ class Engine:
         if isinstance(outcome, SampleError):
             self._telemetry.sample_errors.labels(model, outcome.code).inc()
 
-    def _collect(self, request: _Request, models: Sequence[str]) -> list[SampleResult]:
+    def _collect(self, request: PendingRequest, models: Sequence[str]) -> list[SampleResult]:
         results = request.snapshot()
         if not any(result.outcomes for result in results):
             raise DeadlineExceeded("no sample was finished at the deadline; the work has been dropped")
@@ -357,62 +326,23 @@ class Engine:
     async def _answers(self, worker: Worker) -> bool:
         if time.monotonic() - worker.last_success <= self.settings.ready_max_age_s:
             return True
-        request = _Request(1, 1, asyncio.get_running_loop())
+        running = self._canaries.get(worker.name)
+        if running is None or running.done():  # however many ask at once, one canary runs
+            running = self._canaries[worker.name] = asyncio.create_task(self._run_canary(worker))
+        return await asyncio.shield(running)
+
+    async def _run_canary(self, worker: Worker) -> bool:
+        request = PendingRequest([], 1, asyncio.get_running_loop())
+        request.results.append(SampleResult())
+        self._register(request)
         ticket = self._admit(worker, request, 0, "score", time.monotonic() + CANARY_TIMEOUT_S)
         try:
-            payload = await asyncio.to_thread(worker.prepare, worker.model.canary(), "score")
+            payload = await asyncio.to_thread(worker.canary_payload)
             worker.batcher.ready(ticket, payload, front=True)
             await asyncio.wait_for(asyncio.shield(request.done), CANARY_TIMEOUT_S)
-        except (TimeoutError, SampleError):
+        except (TimeoutError, SampleError, Unavailable):
             return False
         finally:
             worker.batcher.drop(ticket, "deadline")
-            request.done.cancel()
-        return not isinstance(request.results[0].outcomes[worker.name], SampleError)
-
-
-def timing(tickets: Sequence[Ticket]) -> Timing:
-    """The slowest ticket of each stage, in milliseconds."""
-    decode = max((t.ready_at - t.admitted_at for t in tickets if t.ready_at), default=0.0)
-    started = [t for t in tickets if t.started_at]
-    queue = max((t.started_at - t.ready_at for t in started), default=0.0)
-    forward = max((t.finished_at - t.started_at for t in started if t.finished_at), default=0.0)
-    return Timing(*(round(seconds * 1000, 3) for seconds in (decode, queue, forward)))
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device or the CPU; a CUDA device that is asked for and missing raises ValueError."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"settings.device is {name!r} but torch sees no CUDA device")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on CUDA and on CPUs with AMX, else float32 (AVX512-BF16 alone was measured slower here)."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def worker_options(name: str, model: ModelSettings, settings: Settings, device: torch.device) -> WorkerOptions:
-    """Settings of one model over settings of all, with ``auto`` resolved for the device."""
-    dtype = model.dtype if model.dtype != "auto" else settings.dtype
-    compile = model.compile if model.compile != "auto" else settings.compile
-    if compile == "auto":
-        compile = "on" if device.type == "cuda" else "off"
-    model_class = get_model(name)
-    default = 32 if device.type == "cuda" else 8
-    if not issubclass(model_class, TowerReward):
-        default = min(default, model_class.max_batch or default)
-    return WorkerOptions(
-        name=name,
-        load=LoadOptions(device, resolve_dtype(dtype, device), model.weights, model.options),
-        micro_batch=model.micro_batch or settings.micro_batch or default,
-        invariance=settings.invariance,
-        compile=compile,
-        watchdog_s=model.watchdog_s or settings.watchdog_s,
-    )
+            self._unregister(request)
+        return not isinstance(request.snapshot()[0].outcomes[worker.name], SampleError)

@@ -28,7 +28,8 @@ class TowerRunner:
         self.model = model
         self.images = bucket("image", lambda pixels: model.encode_image(model.normalize(pixels)), None)
         self.texts = bucket("text", model.encode_text, text_micro_batch)
-        self.head_rows = self.images.micro_batch
+        # A power of two: vector kernels compute the tail of other lengths differently, and so by place in the batch.
+        self.head_rows = 1 << (self.images.micro_batch - 1).bit_length()
         self._image_cache, self._text_cache = image_cache, text_cache
 
     @property

@@ -1,19 +1,15 @@
-"""One model on one device: prepare, form batches, run, scatter, bisect; and the lane, the thread that it runs on.
-
-Models that compute on the torch device share one lane, oldest batch first: CUDA graphs belong to a thread, and two
-forwards at once on one device only slow each other. A model that computes on the CPU by itself has a lane of its own.
-"""
+"""One model on one device: prepare samples, pad and run batches, check and scatter outputs, bisect what fails."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -62,6 +58,7 @@ class WorkerOptions:
     invariance: Any
     compile: Any
     watchdog_s: float
+    gradients: bool = True
 
 
 class Worker:
@@ -85,6 +82,8 @@ class Worker:
         self._towers: TowerRunner | None = None
         self._gradient: TowerGradient | None = None
         self._limit = options.micro_batch
+        self._canaries = itertools.count()
+        self._alive: Callable[[], None] = lambda: None
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -96,8 +95,8 @@ class Worker:
             self._towers = TowerRunner(
                 self.model, self._bucket, *self._caches, text_micro_batch=max(1, self.options.micro_batch // 2)
             )
-        if self._towers is not None:
             self._towers.warm_up(self.prepare(self.model.canary(), "score"))
+        self._gradient = self._load_gradient()
         self.warm()
         self.loaded = True
         seconds = time.monotonic() - started
@@ -110,15 +109,27 @@ class Worker:
 
     def warm(self) -> None:
         """Score a full batch of the canary: proves the model and measures the rate that Retry-After starts from."""
-        canary = self.model.canary()
         for _ in range(2):  # the first pass pays for allocations
             started = time.monotonic()
-            batch = [self.prepare(canary, "score") for _ in range(self.full)]
+            batch = [self.canary_payload() for _ in range(self.full)]
             failures = [outcome for outcome in self._bisect("score", batch) if isinstance(outcome, SampleError)]
             if failures:
                 raise RuntimeError(f"{self.name} does not score its own canary: {failures[0].message}")
-            self.batcher.rate = self.full / max(time.monotonic() - started, 1e-6)
+            self.batcher.rate = len(batch) / max(time.monotonic() - started, 1e-6)
         self.last_success = time.monotonic()
+
+    def canary_payload(self) -> Any:
+        """The canary, prepared, under an id of its own: the model must run, not the feature cache."""
+        payload = self.prepare(self.model.canary(), "score")
+        if isinstance(payload, TowerInput):
+            name = f"canary-{next(self._canaries)}"
+            return replace(payload, image_id=name, text_id=name)
+        return payload
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether this worker answers gradient jobs."""
+        return self._gradient is not None
 
     def _bucket(self, part: str, function: Callable[[Tensor], Tensor], micro_batch: int | None) -> BucketedFunction:
         return BucketedFunction(
@@ -182,8 +193,12 @@ class Worker:
 
     # -- lane ---------------------------------------------------------------------------------------------------------
 
-    def process(self, batch: list[Ticket]) -> None:
-        """Run a batch and settle every ticket of it, whatever happens to single samples."""
+    def process(self, batch: list[Ticket], alive: Callable[[], None] = lambda: None) -> None:
+        """Run a batch and settle every ticket of it, whatever happens to single samples.
+
+        ``alive`` is called before each forward.
+        """
+        self._alive = alive
         job = batch[0].job
         outcomes = self._bisect(job, [ticket.payload for ticket in batch])
         if any(not isinstance(outcome, ModelError) for outcome in outcomes):
@@ -194,6 +209,9 @@ class Worker:
 
     def _bisect(self, job: Job, payloads: Sequence[Any]) -> list[Outcome]:
         """Outcomes of ``payloads``; when the batch raises, halves are tried until only the guilty samples fail."""
+        if job == "score" and self._towers is None and len(payloads) > self.full:
+            return self._halves(job, payloads)  # the batch has shrunk since these were taken
+        self._alive()
         try:
             outcomes = self._score(payloads) if job == "score" else self._run_gradient(payloads)
             if len(outcomes) != len(payloads):
@@ -203,7 +221,7 @@ class Worker:
             if poisons_device(error):
                 raise DevicePoisoned(f"{self.name} poisoned its device: {error}") from error
             if isinstance(error, torch.OutOfMemoryError) and self._shrink(job):
-                return self._bisect(job, payloads) if len(payloads) <= self.full else self._halves(job, payloads)
+                return self._bisect(job, payloads)
             if len(payloads) == 1:
                 log.exception("forward failed on one sample", extra={"model": self.name})
                 return [ModelError("the model failed on this sample")]
@@ -241,18 +259,20 @@ class Worker:
 
     def _run_gradient(self, payloads: Sequence[TowerInput]) -> list[Outcome]:
         if self._gradient is None:
-            self._gradient = TowerGradient(self._float32_model(), self.options.micro_batch)
+            raise TypeError(f"{self.name} gives no gradients")
         return list(self._gradient.run(payloads))
 
-    def _float32_model(self) -> TowerReward:
+    def _load_gradient(self) -> TowerGradient | None:
         """Gradients are taken in float32: bfloat16 rounds the differences away that a gradient is made of."""
+        if not (self.options.gradients and self.model.info.differentiable):
+            return None
         model: RewardModel = self.model
         if model.dtype != torch.float32:
             load = self.options.load
             model = load_model(self.name, LoadOptions(load.device, torch.float32, load.weights, load.options))
         if not isinstance(model, TowerReward):
-            raise TypeError(f"{self.name} is not differentiable")
-        return model
+            raise TypeError(f"{self.name} calls itself differentiable and has no towers")
+        return TowerGradient(model, self.options.micro_batch)
 
 
 def checked(outcome: Any) -> Outcome:
@@ -273,70 +293,6 @@ def checked(outcome: Any) -> Outcome:
         except (TypeError, ValueError, RecursionError):
             return ModelError("the model gave details that are not JSON")
     return cast(Outcome, outcome)
-
-
-class Lane(threading.Thread):
-    """A thread that runs the batches of its workers, oldest first. ``on_fatal`` is told what no retry can mend."""
-
-    def __init__(self, name: str, on_fatal: Callable[[str], None]) -> None:
-        super().__init__(name=f"lane-{name}", daemon=True)
-        self.wakeup = threading.Condition()
-        self.workers: list[Worker] = []
-        self.busy: tuple[Worker, float] | None = None
-        self.started_ok = threading.Event()
-        self.startup_error: BaseException | None = None
-        self._on_fatal = on_fatal
-        self._stopping = False
-
-    def run(self) -> None:
-        try:
-            for worker in self.workers:
-                worker.load()
-        except BaseException as error:
-            self.startup_error = error
-            self.started_ok.set()
-            return
-        self.started_ok.set()
-        try:
-            while (work := self._next()) is not None:
-                worker, batch = work
-                self.busy = (worker, time.monotonic())
-                worker.process(batch)
-                self.busy = None
-                del work, worker, batch  # an idle lane keeps no image alive
-        except BaseException as error:
-            log.critical("lane died", exc_info=error, extra={"lane": self.name})
-            self._on_fatal(
-                str(error) if isinstance(error, DevicePoisoned) else f"{self.name} died: {type(error).__name__}"
-            )
-
-    def _next(self) -> tuple[Worker, list[Ticket]] | None:
-        """The next batch, waiting for one; None when the lane stops."""
-        with self.wakeup:
-            while not self._stopping:
-                now = time.monotonic()
-                due = [(worker.batcher.due_in(now, worker.full), worker) for worker in self.workers]
-                now_due = [worker for seconds, worker in due if seconds == 0.0]
-                if now_due:
-                    worker = min(now_due, key=lambda worker: worker.batcher.oldest() or 0.0)
-                    batch = worker.batcher.take(worker.full)
-                    if batch:
-                        return worker, batch
-                    continue
-                self.wakeup.wait(min((seconds for seconds, _ in due if seconds is not None), default=None))
-        return None
-
-    def stop(self) -> None:
-        with self.wakeup:
-            self._stopping = True
-            self.wakeup.notify_all()
-
-    def overdue(self, now: float) -> Worker | None:
-        """The worker whose forward has run for longer than its watchdog allows."""
-        busy = self.busy
-        if busy is not None and now - busy[1] > busy[0].options.watchdog_s:
-            return busy[0]
-        return None
 
 
 _POISON = ("CUDA error", "device-side assert", "CUDNN_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")

@@ -16,12 +16,13 @@ from fastapi import Depends, Request
 
 from models.base import Output, SampleError
 from service.engine.batcher import GradientResult
-from service.engine.engine import Engine, SampleResult, Timing
+from service.engine.engine import Engine
+from service.engine.request import SampleResult, Timing
 from service.errors import ClientDisconnected, Unauthorized
 from service.schemas import ErrorOut, ItemIn, ModelUsed, TimingOut, WarningOut
 from service.settings import Settings
 from service.telemetry import Telemetry
-from service.wire import MULTIPART, SAFETENSORS, ByteBudget
+from service.wire import ByteBudget
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Service:
     key_digests: tuple[bytes, ...]
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -52,7 +53,7 @@ def get_service(request: Request) -> Service:
 ServiceDep = Annotated[Service, Depends(get_service)]
 
 
-def authorize(request: Request, service: ServiceDep) -> None:
+async def authorize(request: Request, service: ServiceDep) -> None:
     """Bearer keys, compared in constant time; no keys configured means that everyone may."""
     if not service.key_digests:
         return
@@ -171,20 +172,8 @@ def timing_out(timing: Timing) -> TimingOut:
     return TimingOut(decode=timing.decode, queue=timing.queue, forward=timing.forward)
 
 
-def arrival_time() -> float:
+async def arrival_time() -> float:
     return time.monotonic()
 
 
 ArrivalDep = Annotated[float, Depends(arrival_time)]
-
-
-def request_body(schema: type[Any], form: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The OpenAPI description of a body that travels in several ways (the route reads it by itself)."""
-    content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
-    if form is not None:
-        content[MULTIPART] = {"schema": form}
-    binary = {
-        "schema": {"type": "string", "format": "binary", "description": f"metadata key 'request': {schema.__name__}"}
-    }
-    content[SAFETENSORS] = binary
-    return {"requestBody": {"required": True, "content": content}}

@@ -5,15 +5,15 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from service import items, wire
-from service.engine.engine import SampleResult
+from service.engine.request import SampleResult
 from service.errors import InvalidRequest
+from service.openapi import request_body
 from service.routes.common import (
     ArrivalDep,
     Service,
     ServiceDep,
     deadline_at,
     errors_of,
-    request_body,
     score_of,
     split,
     timing_out,

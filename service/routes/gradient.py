@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,16 @@ from numpy.typing import NDArray
 from models.base import InputError
 from service import items, tensors, wire
 from service.engine.batcher import GradientResult
-from service.engine.engine import Made, Maker, SampleResult
+from service.engine.request import Made, Maker, SampleResult
 from service.engine.worker import TensorSample
 from service.errors import InvalidRequest, UnsupportedMediaType
 from service.images import ImageLimits
+from service.openapi import request_body
 from service.routes.common import (
     ArrivalDep,
     ServiceDep,
     deadline_at,
     errors_of,
-    request_body,
     score_of,
     split,
     timing_out,
@@ -36,7 +37,6 @@ from service.wire import SAFETENSORS, Incoming
 router = APIRouter()
 
 BODY = request_body(GradientRequest, None)
-BODY["requestBody"]["content"].pop(wire.JSON)
 ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"content": {SAFETENSORS: {"schema": {"type": "string", "format": "binary"}}}, "description": "gradients"}
 }
@@ -77,11 +77,15 @@ async def gradient(request: Request, service: ServiceDep, arrival: ArrivalDep) -
         models={model: used(service, model, "gradient") for model in models},
         timing_ms=timing_out(timing),
     )
-    gradients = {
-        name: total for name, result in zip(names, results, strict=True) if (total := _total(result, body)) is not None
-    }
-    content = tensors.serialize(gradients, {"response": answer.model_dump_json()})
+    content = await asyncio.to_thread(_serialize, names, results, body, answer)
     return Response(content, media_type=SAFETENSORS)
+
+
+def _serialize(names: list[str], results: list[SampleResult], body: GradientRequest, answer: GradientResponse) -> bytes:
+    """Sums and copies of up to hundreds of megabytes: not for the event loop."""
+    totals = {name: _total(result, body) for name, result in zip(names, results, strict=True)}
+    gradients = {name: total for name, total in totals.items() if total is not None}
+    return tensors.serialize(gradients, {"response": answer.model_dump_json()})
 
 
 def _tensor_names(request_items: list[ItemIn]) -> list[str]:
