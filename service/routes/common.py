@@ -29,6 +29,7 @@ T = TypeVar("T")
 WARNINGS = {
     "animated_first_frame": "the image is animated; its first frame was used",
     "prompt_truncated": "the prompt is longer than the model's context and was truncated",
+    "unknown_words": "the prompt holds words that the model was never trained on",
     "context_ignored": "the model does not look at the item's context",
     "reference_ignored": "the model does not look at the item's reference",
 }

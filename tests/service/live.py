@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,18 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0
     while not condition():
         assert time.monotonic() < end, f"after {seconds:g} s still not: {what}"
         time.sleep(0.02)
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    """One HTTP answer from a bare socket: to the end of its body, or until the service closes."""
+    answer = b""
+    while chunk := connection.recv(65536):
+        answer += chunk
+        start, separator, rest = answer.partition(b"\r\n\r\n")
+        lengths = [line for line in start.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+        if separator and lengths and len(rest) >= int(lengths[0].partition(b":")[2]):
+            break
+    return answer
 
 
 @dataclass

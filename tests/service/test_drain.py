@@ -49,10 +49,11 @@ def test_sigterm_under_load_loses_no_admitted_request(tmp_path: Path) -> None:
 def test_a_drain_that_takes_too_long_says_that_work_was_lost(tmp_path: Path) -> None:
     with running(tmp_path, {"models": {"hangs": {}}, "drain": {"max_s": 1.0}}) as live:
         answers: list[httpx.Response | httpx.HTTPError] = []
+        body = score_body("hangs", item("hang", grey(0)))
 
         def ask() -> None:
             try:
-                answers.append(httpx.post(f"{live.url}/score", json=score_body("hangs", item("hang", grey(0))), timeout=60))
+                answers.append(httpx.post(f"{live.url}/score", json=body, timeout=60))
             except httpx.HTTPError as error:
                 answers.append(error)
 

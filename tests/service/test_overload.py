@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from tests.service.bodies import grey, item, noise, score_body
-from tests.service.live import Live, running, wait_until
+from tests.service.live import Live, read_answer, running, wait_until
 from tests.service.test_bad_input import assert_problem
 
 BATCH, BATCH_S, MAX_COST = 4, 0.25, 16
 SETTINGS = {
     "models": {"slow": {"options": {"batch_s": BATCH_S}, "micro_batch": BATCH}},
     "queue": {"max_cost": MAX_COST, "default_deadline_ms": 4000, "max_deadline_ms": 60_000},
-    "limits": {"images_per_request": MAX_COST, "body_bytes": 600_000, "inflight_bytes": 1_000_000},
+    "limits": {"images_per_request": MAX_COST, "body_bytes": 600_000, "inflight_bytes": 1_000_000, "body_timeout_s": 6},
 }
 
 
@@ -52,7 +52,7 @@ def test_a_full_queue_refuses_before_the_body_is_sent(busy: Live) -> None:
         wait_until(lambda: busy.metric("reward_queue_cost") == MAX_COST, "the queue is full", 5)
         with socket.create_connection(busy.address, timeout=10) as connection:
             connection.sendall(head(500_000))  # and not one byte of the body
-            answer = connection.recv(65536)
+            answer = read_answer(connection)
         assert busy.metric("reward_queue_cost") > 0  # it was refused while the work went on
         assert filling.result().status_code == 200
     assert answer.startswith(b"HTTP/1.1 429 ")
@@ -80,6 +80,7 @@ def test_retry_after_is_the_time_until_it_fits(busy: Live) -> None:
 
 def test_ten_times_overload(busy: Live) -> None:
     """Everyone gets scores or 429, and what was admitted is right."""
+
     def ask(i: int) -> tuple[int, int, Any]:
         response = busy.post("/score", body([i] * 4))
         return i, response.status_code, response.json()
@@ -99,21 +100,26 @@ def test_bytes_in_flight_are_bounded(busy: Live) -> None:
     with ExitStack() as stack:
         for _ in range(2):
             connection = stack.enter_context(socket.create_connection(busy.address, timeout=10))
-            connection.sendall(head(490_000) + b"[")
-        wait_until(lambda: busy.metric("reward_inflight_bytes") == 980_000, "two bodies are awaited", 5)
+            connection.sendall(head(490_000) + b" " * 489_999)
+        wait_until(lambda: busy.metric("reward_inflight_bytes") == 979_998, "two bodies are almost there", 5)
         refused = busy.post("/score", content=b" " * 490_000, headers={"content-type": "application/json"})
         assert_problem(refused, 429, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
     wait_until(lambda: busy.metric("reward_inflight_bytes") == 0, "the bytes are free again", 5)
 
 
-def test_a_body_that_never_comes_does_not_hold_its_bytes_forever(busy: Live) -> None:
-    """Else a few silent clients could shut everybody out."""
-    with socket.create_connection(busy.address, timeout=30) as connection:
-        connection.sendall(head(490_000) + b"[")
-        wait_until(lambda: busy.metric("reward_inflight_bytes") == 490_000, "the body is awaited", 5)
-        assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
-        wait_until(lambda: busy.metric("reward_inflight_bytes") == 0, "the bytes are free again", 5)
+def test_silent_clients_shut_nobody_out(busy: Live) -> None:
+    """Bytes that were promised hold no place, those that came hold one until the time for a body is over."""
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(busy.address, timeout=30)) for _ in range(8)]
+        for connection in silent:
+            connection.sendall(head(590_000) + b" " * 1000)
+        wait_until(lambda: busy.metric("reward_inflight_bytes") == 8000, "the beginnings have come", 5)
+        assert busy.post("/score", body([51])).status_code == 200
+        answers = [read_answer(connection) for connection in silent]
+    assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers)
+    assert all(b'"code": "body_timeout"' in answer for answer in answers)
+    wait_until(lambda: busy.metric("reward_inflight_bytes") == 0, "the bytes are free again", 5)
 
 
 def test_200_clients_that_leave_leave_an_empty_queue(service: Live) -> None:
@@ -124,11 +130,16 @@ def test_200_clients_that_leave_leave_an_empty_queue(service: Live) -> None:
     with ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(socket.create_connection(service.address, timeout=10)).sendall(head(len(text)) + text)
-        wait_until(lambda: service.metric("reward_queue_cost", model="slow") > 150, "most requests are admitted")
+
+        def admitted() -> float:
+            done = service.metric("reward_samples_total", model="slow") - ran
+            return done + service.metric("reward_queue_cost", model="slow")
+
+        wait_until(lambda: admitted() >= 200, "all requests are admitted")
     service.assert_empty_queue()
     dropped = service.metric("reward_queue_dropped_total", model="slow", reason="disconnect") - dropped
-    ran = service.metric("reward_samples_total", model="slow") - ran
-    assert dropped + ran == 200
+    finished = service.metric("reward_samples_total", model="slow") - ran
+    assert 190 <= dropped + finished <= 200  # a client may have left before its body was read to the end
     assert dropped > 100
     assert service.metric("reward_errors_total", code="internal_error") == errors
     assert service.metric("reward_errors_total", code="client_disconnected") >= dropped
@@ -137,7 +148,7 @@ def test_200_clients_that_leave_leave_an_empty_queue(service: Live) -> None:
 def test_clients_that_leave_amid_their_body(service: Live) -> None:
     log_before = len(service.log)
     text = json.dumps(score_body("slow", item("a", noise(0)))).encode()
-    for cut in range(0, 50):
+    for cut in range(50):
         with socket.create_connection(service.address, timeout=10) as connection:
             connection.sendall(head(len(text)) + text[: cut * len(text) // 50])
     service.assert_empty_queue()

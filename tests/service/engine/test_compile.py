@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ def test_bucket_sizes_end_with_the_limit_and_waste_less_than_half(limit: int) ->
     sizes = powers_of_two(limit)
     assert sizes[0] == 1
     assert sizes[-1] == limit
-    assert all(small < large <= 2 * small for small, large in zip(sizes, sizes[1:], strict=False))
+    assert all(small < large <= 2 * small for small, large in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("invariance", ["exact", "fast"])

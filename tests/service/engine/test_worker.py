@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.base import InputError, ModelError, Output, Sample, SampleError
+from models import registry
+from models.base import InputError, LoadOptions, ModelError, Output, Sample, SampleError
 from service.engine.batcher import Batcher, Outcome, Ticket
 from service.engine.features import FeatureCache
-from service.engine.worker import DevicePoisoned, Lane, TensorSample, Worker, WorkerOptions, poisons_device
+from service.engine.lane import Lane
+from service.engine.worker import DevicePoisoned, TensorSample, Worker, WorkerOptions, poisons_device
 from service.telemetry import Telemetry
 from tests.service.engine import tiny
 
@@ -128,7 +131,7 @@ def test_preparation_errors_are_typed() -> None:
         worker.prepare(tiny.sample(0, "a"), "score")
     assert caught.value.code == "mine"
     plain(worker).before_prepare = untyped
-    with pytest.raises(ModelError, match="^the model failed to prepare this sample$"):
+    with pytest.raises(ModelError, match=r"^the model failed to prepare this sample$"):
         worker.prepare(tiny.sample(0, "a"), "score")
     with pytest.raises(InputError) as unsupported:
         worker.prepare(TensorSample("a", torch.zeros(3, 32, 32)), "gradient")
@@ -144,8 +147,6 @@ def test_a_model_that_does_not_score_its_canary_does_not_load() -> None:
             model = tiny.Plain()
             model.answer = lambda prompt: ModelError("no")
             return model
-
-    from models import registry
 
     registry._REGISTRY["plain"] = Silent  # the fixture of this folder restores it
     with pytest.raises(RuntimeError, match="plain does not score its own canary"):
@@ -231,22 +232,25 @@ def test_gradients_halve_too_and_leave_the_scores_alone() -> None:
     assert worker.fingerprint("gradient") != fingerprints[1]
 
 
-def test_a_float32_copy_that_does_not_fit_is_not_loaded_again_for_every_sample() -> None:
-    worker = tiny.make_worker(dtype=torch.bfloat16)
-    loads = []
+@pytest.mark.parametrize(("gradients", "loads"), [(True, 2), (False, 1)])
+def test_the_float32_copy_is_loaded_once_at_start_and_only_if_wanted(gradients: bool, loads: int) -> None:
+    loaded = []
 
-    class TooLarge(tiny.TinyTower):
+    class Counted(tiny.TinyTower):
         @classmethod
-        def load(cls, options: Any) -> tiny.TinyTower:
-            loads.append(options)
-            raise OOM("no memory for a second copy")
+        def load(cls, options: LoadOptions) -> tiny.TinyTower:
+            loaded.append(options.dtype)
+            return super().load(options)
 
-    from models import registry
-
-    registry._REGISTRY["tiny-tower"] = TooLarge
-    inputs = [worker.prepare(TensorSample("a", torch.rand(3, 32, 32)), "gradient") for _ in range(8)]
-    assert codes(worker._bisect("gradient", inputs)) == ["model_error"] * 8
-    assert len(loads) == 1
+    registry._REGISTRY["tiny-tower"] = Counted  # the fixture of this folder restores it
+    worker = tiny.make_worker(dtype=torch.bfloat16, load=False)
+    worker.options = replace(worker.options, gradients=gradients)
+    worker.load()
+    assert worker.differentiable is gradients
+    inputs = [worker.prepare(TensorSample("a", torch.rand(3, 32, 32)), "gradient") for _ in range(3)]
+    for _ in range(2):
+        assert codes(worker._bisect("gradient", inputs)) == [None if gradients else "model_error"] * 3
+    assert loaded == [torch.bfloat16, torch.float32][:loads]
 
 
 # -- poison -----------------------------------------------------------------------------------------------------------
@@ -298,10 +302,10 @@ def test_the_rate_after_warm_up_is_that_of_work_and_not_of_the_cache() -> None:
     """Retry-After starts from it: a rate measured on cached features promises a slot that will not be there."""
     worker = tiny.make_worker()
     assert isinstance(worker.model, tiny.TinyTower)
-    slow = threading.Event()
-    worker.model.before_image = lambda batch: (slow.set(), time.sleep(0.05)) and None
+    worker.model.image_batches.clear()
+    worker.model.before_image = lambda batch: time.sleep(0.05)
     worker.warm()
-    assert slow.is_set()
+    assert worker.model.image_batches != []
     assert worker.batcher.rate is not None
     assert worker.batcher.rate <= worker.full / 0.05
 

@@ -35,9 +35,10 @@ from models.base import (
 )
 from models.weights import hash_tensors
 from service.engine.batcher import Batcher
-from service.engine.engine import Engine, Made, Maker, SampleResult
+from service.engine.engine import Engine
 from service.engine.features import FeatureCache
-from service.engine.worker import Lane, Worker, WorkerOptions
+from service.engine.request import Made, Maker, SampleResult
+from service.engine.worker import Worker, WorkerOptions
 from service.settings import Settings
 from service.telemetry import Telemetry
 
