@@ -222,7 +222,7 @@ class _Run:
 
 def backoff(retry_after_s: float, rejections: int, chance: float) -> float:
     """Seconds to wait after a 429: what the service asked for, plus full jitter that doubles with every rejection."""
-    return retry_after_s + chance * min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0**rejections)
+    return retry_after_s + chance * min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(rejections, 16))
 
 
 def read_answer(status: int, body: bytes) -> tuple[int, tuple[str, ...]]:
@@ -241,10 +241,15 @@ def read_answer(status: int, body: bytes) -> tuple[int, tuple[str, ...]]:
 class _Answer:
     """Collects one response; its methods are httptools' callbacks."""
 
+    parser: httptools.HttpResponseParser = field(init=False)
     status: int = 0
     retry_after: float = 0.0
     body: bytearray = field(default_factory=bytearray)
     complete: bool = False
+    keep_alive: bool = False
+
+    def __post_init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"retry-after" and value.isdigit():
@@ -255,6 +260,8 @@ class _Answer:
 
     def on_message_complete(self) -> None:
         self.complete = True
+        # asked here: after its message the parser has forgotten whether the connection lives on
+        self.status, self.keep_alive = self.parser.get_status_code(), self.parser.should_keep_alive()
 
 
 class _Connection:
@@ -282,14 +289,12 @@ class _Connection:
         writer.write(body)
         await writer.drain()
         answer = _Answer()
-        parser = httptools.HttpResponseParser(answer)
         while not answer.complete:
             chunk = await reader.read(1 << 16)
             if not chunk:
                 raise EOFError("the service closed the connection before it had answered")
-            parser.feed_data(chunk)
-        answer.status = parser.get_status_code()
-        if not parser.should_keep_alive():
+            answer.parser.feed_data(chunk)
+        if not answer.keep_alive:
             self.close()
         return answer
 

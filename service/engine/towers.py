@@ -28,8 +28,7 @@ class TowerRunner:
         self.model = model
         self.images = bucket("image", lambda pixels: model.encode_image(model.normalize(pixels)), None)
         self.texts = bucket("text", model.encode_text, text_micro_batch)
-        # A power of two: vector kernels compute the tail of other lengths differently, and so by place in the batch.
-        self.head_rows = 1 << (self.images.micro_batch - 1).bit_length()
+        self.head_rows = power_of_two(self.images.micro_batch)
         self._image_cache, self._text_cache = image_cache, text_cache
 
     @property
@@ -116,12 +115,17 @@ def _prompts_of_every_length(model: TowerReward, count: int) -> list[list[Tensor
     return [rows[-count:] for rows in by_length.values()]
 
 
+def power_of_two(rows: int) -> int:
+    """``rows`` or the next power of two: the tail of other lengths runs in other kernels, and so by place."""
+    return 1 << (rows - 1).bit_length()
+
+
 class TowerGradient:
     """d(score)/d(image) along the differentiable twin of the preprocessing, in the model's own dtype (float32)."""
 
     def __init__(self, model: TowerReward, micro_batch: int) -> None:
         self.model = model
-        self.micro_batch = micro_batch
+        self.micro_batch = power_of_two(micro_batch)
 
     def run(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
         """``pixels`` are float32 [3, H, W] in [0, 1] here, sizes may differ; batches are padded to one shape."""

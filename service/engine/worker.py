@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -34,6 +33,16 @@ from service.engine.towers import TowerGradient, TowerRunner
 from service.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
+
+
+class CanaryId(str):
+    """An id of features that is equal to itself alone: neither another canary nor a caller's prompt can have it."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class DevicePoisoned(RuntimeError):
@@ -82,7 +91,6 @@ class Worker:
         self._towers: TowerRunner | None = None
         self._gradient: TowerGradient | None = None
         self._limit = options.micro_batch
-        self._canaries = itertools.count()
         self._alive: Callable[[], None] = lambda: None
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -122,8 +130,7 @@ class Worker:
         """The canary, prepared, under an id of its own: the model must run, not the feature cache."""
         payload = self.prepare(self.model.canary(), "score")
         if isinstance(payload, TowerInput):
-            name = f"canary-{next(self._canaries)}"
-            return replace(payload, image_id=name, text_id=name)
+            return replace(payload, image_id=CanaryId(), text_id=CanaryId())
         return payload
 
     @property

@@ -1,6 +1,9 @@
 """Training: labels and losses as defined, and the same seed gives the same weights."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from open_clip import SimpleTokenizer
 from open_clip.model import CLIP
 
 from models.backbones.clip import tokenize
-from models.base import WeightsError
+from models.base import LoadOptions, Output, WeightsError
 from models.shapes.clip_model import clip_config, compact_index, known_tokens, pack, unpack
 from models.shapes.preferences import training_batch
 from models.shapes.prompts import TASKS
@@ -19,17 +22,19 @@ from models.shapes.train_clip import (
     Trainee,
     cell_labels,
     contrastive_loss,
+    main,
     preference_labels,
     to_pixels,
     to_tokens,
     train,
 )
+from models.shapes_clip import ShapesClip
 
 SMALL = replace(TrainConfig(), contrastive_steps=2, preference_steps=2, prompts=3, per_prompt=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -135,3 +140,19 @@ def test_foreign_tensors_are_refused() -> None:
         unpack({**tensors, "other": torch.zeros(1)})
     with pytest.raises(WeightsError, match="token rows"):
         unpack({**tensors, "clip.token_embedding.weight": torch.zeros(3, 128)})
+
+
+def test_the_command_writes_weights_that_load_and_their_measured_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "small.safetensors"
+    steps = ["--contrastive-steps", "1", "--preference-steps", "1", "--evaluation-pairs", "24", "--seed", "3"]
+    monkeypatch.setattr("sys.argv", ["train_clip", "--output", str(output), *steps])
+    main()
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert report["training"]["config"]["seed"] == 3
+    assert report["held_out"]["n"] == report["out_of_domain"]["n"] == 24
+    assert str(report["held_out"]["accuracy"]) in capsys.readouterr().out
+    model = ShapesClip.load(LoadOptions(weights=str(output)))
+    (scored,) = model.run([model.prepare(model.canary())])
+    assert isinstance(scored, Output)

@@ -310,6 +310,15 @@ def test_the_rate_after_warm_up_is_that_of_work_and_not_of_the_cache() -> None:
     assert worker.batcher.rate <= worker.full / 0.05
 
 
+def test_a_prompt_that_looks_like_a_canary_keeps_its_own_score() -> None:
+    """Features are found by the prompt: an id that the engine invents must not be one that a caller can send."""
+    worker = tiny.make_worker()
+    payload = worker.canary_payload()
+    worker._bisect("score", [payload])
+    samples = [tiny.sample(0, str(payload.text_id)), *(tiny.sample(0, f"canary-{i}") for i in range(20))]
+    assert tiny.scores(worker, samples) == tiny.scores(tiny.make_worker(cache_bytes=0), samples)
+
+
 BASE: dict[str, Any] = {"micro_batch": 8}
 
 

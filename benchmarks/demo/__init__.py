@@ -1,0 +1,1 @@
+"""`python -m benchmarks.demo` (make demo): real pictures scored over HTTP by every embedded reward model."""
