@@ -36,12 +36,16 @@ def create_app(settings: Settings | None = None, on_fatal: Callable[[str], None]
         await engine.stop()
 
     problem: dict[str, Any] = {"model": Problem, "content": {errors.PROBLEM_JSON: {}}}
-    problems: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 413, 415, 422, 429, 503, 504), problem)
-    app = FastAPI(title="reward-service", version="0.1.0", lifespan=lifespan, responses=problems)
-    app.state.telemetry = telemetry
-    app.state.service = Service(
-        settings, engine, telemetry, ByteBudget(settings.limits.inflight_bytes, telemetry), digests
+    problems: dict[int | str, dict[str, Any]] = dict.fromkeys(
+        (400, 401, 404, 408, 413, 415, 422, 429, 503, 504), problem
     )
+    app = FastAPI(
+        redirect_slashes=False, title="reward-service", version="0.1.0", lifespan=lifespan, responses=problems
+    )
+    app.state.telemetry = telemetry
+    budget = ByteBudget(settings.limits.inflight_bytes, telemetry)
+    engine.on_closing = budget.stop_reading
+    app.state.service = Service(settings, engine, telemetry, budget, digests)
     errors.install(app)
     app.add_middleware(RequestMiddleware, telemetry=telemetry, on_error=errors.handle)
     for router in (score.router, compare.router, gradient.router, catalog.router):

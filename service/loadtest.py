@@ -68,7 +68,7 @@ def run_and_print(
     seconds: float,
     prompt: str,
 ) -> None:
-    """Load a service at each concurrency and print a table. The first refusal that no retry can mend is printed too."""
+    """Load a service at each concurrency and print a table of :class:`LoadReport`."""
     files = [path.read_bytes() for path in images] or generated_files(GENERATED_IMAGES)
     load = file_load(model, prompt, files, group)
     warmup_s = min(2.0, seconds / 4)

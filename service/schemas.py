@@ -127,7 +127,7 @@ class ScoreResponse(Schema):
 class CompareItemIn(ItemIn):
     """``pairs``: all, adaptive, or a list of [i, j]."""
 
-    pairs: Literal["all", "adaptive"] | list[tuple[int, int]] = "all"
+    pairs: Literal["all", "adaptive"] | Annotated[list[tuple[int, int]], Field(min_length=1)] = "all"
 
 
 class CompareRequest(Schema):

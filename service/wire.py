@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -53,6 +53,7 @@ class ByteBudget:
     def __init__(self, limit: int, telemetry: Telemetry) -> None:
         self.limit = limit
         self.used = 0
+        self.reading: set[asyncio.Timeout] = set()
         self._gauge = telemetry.inflight_bytes
 
     def check(self, count: int) -> None:
@@ -60,15 +61,30 @@ class ByteBudget:
         if self.used + count > self.limit:
             raise Overloaded("the requests in flight hold as many bytes as this service allows", retry_after_s=1)
 
-    def take(self, count: int) -> None:
-        """Reserve ``count`` bytes or raise Overloaded."""
-        self.check(count)
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes bytes of the budget or raises Overloaded; all are given back at the end."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            self.check(count)
+            taken += count
+            self._add(count)
+
+        try:
+            yield take
+        finally:
+            self._add(-taken)
+
+    def _add(self, count: int) -> None:
         self.used += count
         self._gauge.set(self.used)
 
-    def give_back(self, count: int) -> None:
-        self.used -= count
-        self._gauge.set(self.used)
+    def stop_reading(self) -> None:
+        """End the uploads under way: they are not admitted yet, and the process ends."""
+        for timeout in self.reading:
+            timeout.reschedule(asyncio.get_running_loop().time())
 
 
 @dataclass(eq=False)
@@ -109,27 +125,21 @@ def _short(location: tuple[int | str, ...]) -> list[int | str]:
 
 
 @asynccontextmanager
-async def receive(request: Request, limits: LimitSettings, budget: ByteBudget) -> AsyncIterator[Incoming]:
-    """Read a request's body within the limits; its bytes count as in flight until the context ends."""
+async def receive(
+    request: Request, limits: LimitSettings, budget: ByteBudget, check_open: Callable[[], None]
+) -> AsyncIterator[Incoming]:
+    """Read a request's body within the limits; its bytes count as in flight until the context ends.
+
+    ``check_open`` raises when the service takes no requests: it is asked before the body is read, and when reading ends
+    before the body has.
+    """
+    check_open()
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type not in (JSON, MULTIPART, SAFETENSORS):
         raise UnsupportedMediaType(f"Content-Type must be {JSON}, {MULTIPART} or {SAFETENSORS}")
     budget.check(_declared_length(request, limits.body_bytes))  # refused before it is read, where it tells its length
-    taken = 0
-    try:
-        body = bytearray()
-        try:
-            async with asyncio.timeout(limits.body_timeout_s):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > limits.body_bytes:
-                        raise PayloadTooLarge(f"the body is over {limits.body_bytes} bytes")
-                    budget.take(len(chunk))  # what has come, not what was promised: silence holds nothing
-                    taken += len(chunk)
-        except TimeoutError as error:
-            raise BodyTimeout(f"the body did not come within {limits.body_timeout_s:g} s") from error
-        except ClientDisconnect as error:
-            raise ClientDisconnected("the client left while it was sending") from error
+    with budget.hold() as take:
+        body = await _read(request, limits, budget, take, check_open)
         if content_type == JSON:
             incoming = Incoming(content_type, bytes(body))
         elif content_type == SAFETENSORS:
@@ -138,8 +148,34 @@ async def receive(request: Request, limits: LimitSettings, budget: ByteBudget) -
             incoming = await _multipart(request, body, limits)
         del body
         yield incoming
+
+
+async def _read(
+    request: Request,
+    limits: LimitSettings,
+    budget: ByteBudget,
+    take: Callable[[int], None],
+    check_open: Callable[[], None],
+) -> bytearray:
+    """The body. What has come counts, not what was promised: a silent client holds nothing."""
+    body = bytearray()
+    timeout = asyncio.timeout(limits.body_timeout_s)
+    budget.reading.add(timeout)
+    try:
+        async with timeout:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.body_bytes:
+                    raise PayloadTooLarge(f"the body is over {limits.body_bytes} bytes")
+                take(len(chunk))
+    except TimeoutError as error:
+        check_open()  # a drain ends uploads in the same way
+        raise BodyTimeout(f"the body did not come within {limits.body_timeout_s:g} s") from error
+    except ClientDisconnect as error:
+        raise ClientDisconnected("the client left while it was sending") from error
     finally:
-        budget.give_back(taken)
+        budget.reading.discard(timeout)
+    return body
 
 
 def _declared_length(request: Request, limit: int) -> int:

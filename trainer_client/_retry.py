@@ -162,7 +162,7 @@ def raise_for_status(service: str, answer: Answer) -> None:
         raise Overloaded(message, code=code, retry_after=hint)
     if status == 504 and problem:
         raise DeadlineExceeded(message)
-    if status in (502, 503, 504):
+    if status in (408, 502, 503, 504):  # 408: the upload took too long
         raise ServiceUnavailable(message, status=status, code=code, retry_after=hint)
     if 400 <= status < 500:
         raise RequestRejected(message, status=status, code=code, detail=detail, problem=problem)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from PIL import Image as PILImage
@@ -81,7 +82,7 @@ class Call:
     models: tuple[str, ...]
     images: int
     wall_ms: float
-    stages_ms: Mapping[str, float] = field(default_factory=dict)
+    stages_ms: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -102,33 +103,22 @@ STAGES = ("decode", "queue", "forward")
 
 
 def call_table(calls: Sequence[Call]) -> Table:
-    """Where the time of every call went."""
-    columns = (
-        Column("call"),
-        Column("route"),
-        Column("models", numeric=True),
-        Column("images", numeric=True),
-        *(Column(f"{stage} ms", numeric=True) for stage in STAGES),
-        Column("wall ms", numeric=True),
-    )
-    rows = tuple(
-        Row(
-            (
-                call.what,
-                call.route,
-                str(len(call.models)),
-                str(call.images),
-                *(f"{call.stages_ms[stage]:.1f}" if stage in call.stages_ms else "" for stage in STAGES),
-                f"{call.wall_ms:.1f}",
-            )
-        )
-        for call in calls
-    )
+    """Where the time of the calls went; those of one purpose share a row with their mean times."""
+    groups: dict[tuple[str, str, tuple[str, ...]], list[Call]] = {}
+    for call in calls:
+        groups.setdefault((call.what, call.route, call.models), []).append(call)
+    numbers = ("calls", "images", *(f"{stage} ms" for stage in STAGES), "wall ms")
+    columns = (Column("what"), Column("route"), Column("models"), *(Column(title, numeric=True) for title in numbers))
+    rows = []
+    for (what, route, models), same in groups.items():
+        stages = [fmean(call.stages_ms[stage] for call in same) for stage in STAGES]
+        numbered = (str(len(same)), str(sum(call.images for call in same)), *(f"{ms:.1f}" for ms in stages))
+        rows.append(Row((what, route, ", ".join(models), *numbered, f"{fmean(c.wall_ms for c in same):.1f}")))
     note = (
-        "Stages are the longest that any sample of the call spent there; a call with several models runs them side by "
-        "side. Wall is what the client waited, its own work and the transport included."
+        "Times are means of a row's calls. A stage is the longest that any sample of a call spent there; the models of "
+        "a call work side by side. Wall is what the client waited, its own work and the transport included."
     )
-    return Table("Every call", columns, rows, note)
+    return Table("HTTP calls", columns, tuple(rows), note)
 
 
 def decimals(value: float | None, digits: int) -> str:

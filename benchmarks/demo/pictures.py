@@ -12,7 +12,7 @@ from benchmarks import samples
 from models.shapes.preferences import TRAINING_SPLIT, admitted_prompt, draw, group
 from models.shapes.prompts import TASKS, Include, Prompt, compose
 from models.shapes.scenes import near_miss, right_scene
-from models.shapes.world import degrade, render, render_batch
+from models.shapes.world import Scene, SceneObject, degrade, render, render_batch
 
 SIDE = 300
 """Every photograph is cropped and shrunk to this many pixels a side: file sizes are compared, so areas are equal."""
@@ -99,14 +99,14 @@ def drawings(seed: int = 7) -> list[Picture]:
     found.append(Picture(PILImage.fromarray(damaged), "right, blurred and noisy"))
     for fault in FAULTS_SHOWN:
         scene, _ = near_miss(DRAWING_PROMPT, rng, 1, kinds=(fault,))
-        found.append(Picture(render(scene, DRAWING_SIDE), fault.replace("_", " ")))
+        found.append(Picture(render(scene, DRAWING_SIDE), fault.replace("_", " ").replace("color", "colour")))
     return found
 
 
-def wrong_drawing(seed: int = 3) -> PILImage.Image:
-    """One drawing for DRAWING_PROMPT whose circle or square has the wrong colour."""
-    scene, _ = near_miss(DRAWING_PROMPT, np.random.default_rng(seed), 1, kinds=("wrong_color",))
-    return render(scene, DRAWING_SIDE)
+def wrong_drawing() -> PILImage.Image:
+    """A drawing for DRAWING_PROMPT whose square is green in place of blue; every value is well within 0 and 255."""
+    objects = (SceneObject("circle", "red", (1, 0)), SceneObject("square", "green", (1, 2)))
+    return render(Scene(objects, background=1), DRAWING_SIDE)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+import psutil
+
 from benchmarks.demo.document import Call
-from benchmarks.server import serve
+from benchmarks.server import Server, serve
 from trainer_client import (
     CompareResponse,
     GradientResponse,
@@ -29,27 +31,30 @@ class DidNotStopCleanly(RuntimeError):
 
 
 @contextmanager
-def service() -> Iterator[str]:
-    """A service with its default models on a free local port, as a process of its own; yields its address.
+def service(settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A service on a free local port as a process of its own, with the default models or as REWARD_* ``settings`` say.
 
     Raises :class:`benchmarks.server.ServerFailed` when it does not get ready and :class:`DidNotStopCleanly` when
     SIGTERM does not end it with exit code 0. It is ended whatever happens inside.
     """
-    with serve({}) as server:
-        yield server.url
+    with serve(settings or {}) as server:
+        yield server
         server.process.terminate()
-        code = server.process.wait(STOP_TIMEOUT_S)
+        try:
+            code = server.process.wait(STOP_TIMEOUT_S)
+        except psutil.TimeoutExpired as error:
+            raise DidNotStopCleanly(f"the service still ran {STOP_TIMEOUT_S:.0f} s after SIGTERM") from error
         if code != 0:
             raise DidNotStopCleanly(f"the service ended with exit code {code} after SIGTERM, not with 0")
 
 
 class Session:
-    """A :class:`RewardClient` that times its calls; ``calls`` lists them in order."""
+    """A :class:`RewardClient` that times its calls; ``calls`` lists them in order, ``patience`` is the client's."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: float = 5.0) -> None:
         self.url = url
         self.calls: list[Call] = []
-        self._client = RewardClient(url, patience=30.0)
+        self._client = RewardClient(url, patience=patience)
 
     def models(self) -> dict[str, ModelInfo]:
         """What the service offers and has loaded, by name."""

@@ -51,6 +51,8 @@ class Engine:
         self._lanes: list[Lane] = []
         self._requests: set[PendingRequest] = set()
         self._canaries: dict[str, asyncio.Task[bool]] = {}
+        self.on_closing: Callable[[], None] = lambda: None
+        """Called on the event loop when no more work is taken."""
         threads = settings.decode_threads or min(8, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._idle = asyncio.Event()
@@ -139,6 +141,7 @@ class Engine:
         """Refuse new work; what was admitted is still answered."""
         if self.state in ("starting", "serving"):
             self.state = "draining"
+            self.on_closing()
             log.info("draining", extra={"requests": len(self._requests)})
 
     def abandon(self) -> None:

@@ -57,9 +57,8 @@ async def compare(request: Request, service: ServiceDep, arrival: ArrivalDep) ->
     A pointwise model scores each candidate once: every pair then follows, so ``adaptive`` asks for no fewer forwards
     than ``all``, and both orders give the same probability.
     """
-    service.engine.check_open()
     limits = service.settings.limits
-    async with wire.receive(request, limits, service.budget) as incoming:
+    async with wire.receive(request, limits, service.budget, service.engine.check_open) as incoming:
         body = incoming.parse(CompareRequest)
         items.check(body.items, limits)
         asked = [_pairs(item) for item in body.items]

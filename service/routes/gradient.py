@@ -51,9 +51,8 @@ async def gradient(request: Request, service: ServiceDep, arrival: ArrivalDep) -
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != SAFETENSORS:
         raise UnsupportedMediaType(f"/gradient speaks {SAFETENSORS} only: pixels in float32, gradients back")
-    service.engine.check_open()
     limits = service.settings.limits
-    async with wire.receive(request, limits, service.budget) as incoming:
+    async with wire.receive(request, limits, service.budget, service.engine.check_open) as incoming:
         body = incoming.parse(GradientRequest)
         items.check(body.items, limits)
         names = _tensor_names(body.items)

@@ -43,9 +43,8 @@ FORM = {
 @router.post("/score", response_model=ScoreResponse, openapi_extra=request_body(ScoreRequest, FORM))
 async def score(request: Request, service: ServiceDep, arrival: ArrivalDep) -> Response:
     """Score candidates. A sample that failed is null and has a typed error; the others keep their scores."""
-    service.engine.check_open()
     limits = service.settings.limits
-    async with wire.receive(request, limits, service.budget) as incoming:
+    async with wire.receive(request, limits, service.budget, service.engine.check_open) as incoming:
         body = incoming.parse(ScoreRequest)
         items.check(body.items, limits)
         models = list(body.models)

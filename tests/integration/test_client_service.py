@@ -27,7 +27,7 @@ KEY = "a-bearer-key"
 SETTINGS = {
     "models": {
         JPEG_MODEL: {}, "jpeg-compressibility": {}, "tiny-tower": {}, "raises-on-red": {},
-        "slow": {"options": {"batch_s": 0.3}, "micro_batch": 4},
+        "slow": {"options": {"batch_s": 0.4}, "micro_batch": 4},
     },
     "queue": {"max_cost": 16}, "limits": {"images_per_request": 16}, "api_keys": [KEY],
 }  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_wrong_key(service: Live) -> None:
 
 def test_a_deadline_reaches_the_service(client: RewardClient, service: Live) -> None:
     """What was finished by then comes back, the rest is a failure with the code deadline; too short is an error."""
-    response = client.score(Item("a", [grey(i) for i in range(16)]), "slow", deadline=0.9)
+    response = client.score(Item("a", [grey(i) for i in range(16)]), "slow", deadline=1.2)
     assert {failure.code for _, failure in response.failures()} == {"deadline"}
     assert any(score is not None for score in response[0].total)
     with pytest.raises(DeadlineExceeded):
@@ -183,7 +183,7 @@ def test_impatience_gets_the_refusal(service: Live) -> None:
         ThreadPoolExecutor(1) as pool,
     ):
         filling = pool.submit(impatient.score, Item("a", [grey(1)] * 16), "slow")
-        wait_until(lambda: service.metric("reward_queue_cost", model="slow") == 16, "the queue is full")
+        wait_until(lambda: service.metric("reward_queue_cost", model="slow") > 0, "the queue is filled")
         with pytest.raises(Overloaded) as caught:
             impatient.score(Item("a", [grey(1)] * 16), "slow")
         assert caught.value.retry_after is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from tests.service.bodies import grey, item, score_body
-from tests.service.live import running, spawn, wait_for_address, wait_until
+from tests.service.live import read_answer, running, spawn, wait_for_address, wait_until
 from tests.service.test_bad_input import assert_problem
 
 
@@ -20,14 +21,16 @@ def test_sigterm_under_load_loses_no_admitted_request(tmp_path: Path) -> None:
     with running(tmp_path, {"models": {"slow": slow}, "drain": {"min_s": 6.0}}) as live:
 
         def ask(i: int) -> httpx.Response:
-            body = score_body("slow", *[item("a", grey(4 * i + k, 16)) for k in range(4)])
+            body = score_body("slow", *[item("a", grey(6 * i + k, 16)) for k in range(6)])
             return httpx.post(f"{live.url}/score", json=body, timeout=60)
 
         with ThreadPoolExecutor(8) as pool:
             admitted = [pool.submit(ask, i) for i in range(8)]
-            wait_until(lambda: live.metric("reward_queue_cost") >= 24, "most of 32 samples are admitted", 10)
-            wait_until(lambda: live.metric("reward_queue_cost") + live.metric("reward_samples_total") >= 32, "all are")
+            wait_until(
+                lambda: live.metric("reward_queue_cost") + live.metric("reward_samples_total") >= 48, "admission"
+            )
             live.terminate()
+            assert live.metric("reward_queue_cost") > 0  # else this was no test
             wait_until(lambda: not live.ready(), "readiness is false")
             refused = live.post("/score", score_body("slow", item("a", grey(0))))
             assert_problem(refused, 503, "draining")
@@ -38,12 +41,27 @@ def test_sigterm_under_load_loses_no_admitted_request(tmp_path: Path) -> None:
                 response = request.result()
                 assert response.status_code == 200, response.text
                 scores = [result["scores"]["slow"][0] for result in response.json()["results"]]
-                assert scores == [pytest.approx((4 * i + k) / 255) for k in range(4)]
+                assert scores == [pytest.approx((6 * i + k) / 255) for k in range(6)]
         with httpx.Client() as newcomer:  # a new connection: the socket still listens
             assert_problem(newcomer.get(f"{live.url}/health/ready"), 503, "draining")
         assert live.wait() == 0
         [drained] = [line for line in live.log_lines() if line["message"] == "drained"]
         assert drained["seconds"] >= 6.0
+
+
+def test_an_upload_under_way_at_sigterm_is_told_to_go_elsewhere(tmp_path: Path) -> None:
+    """It was not admitted: it hears 503, which clients repeat, and keeps nobody waiting."""
+    with running(tmp_path, {"drain": {"max_s": 20.0}}) as live:
+        with socket.create_connection(live.address, timeout=15) as connection:
+            head = "POST /score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
+            connection.sendall(head.encode() + b" " * 1000)
+            wait_until(lambda: live.metric("reward_inflight_bytes") == 1000, "the upload has begun")
+            live.terminate()
+            answer = read_answer(connection)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"code": "draining"' in answer
+        assert live.wait(15) == 0
+        assert "Traceback" not in live.log
 
 
 def test_a_drain_that_takes_too_long_says_that_work_was_lost(tmp_path: Path) -> None:

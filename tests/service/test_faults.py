@@ -144,7 +144,7 @@ class TestDeadlines:
         assert ran <= 8  # batches of 4, 0.25 s each: what was running at the deadline, no more
 
     def test_what_was_finished_is_answered(self, service: Live) -> None:
-        body = score_body("slow", *[item("a", grey(i)) for i in range(24)], deadline_ms=900)
+        body = score_body("slow", *[item("a", grey(i)) for i in range(40)], deadline_ms=1500)
         found = results(service, body)
         scores = [result["scores"]["slow"][0] for result in found]
         codes = [result["errors"][0][0]["code"] if result["errors"][0] else None for result in found]
@@ -155,7 +155,7 @@ class TestDeadlines:
         ]
 
     def test_a_fast_model_keeps_its_scores_beside_a_slow_one(self, service: Live) -> None:
-        body = score_body("slow", *[item("a", grey(i)) for i in range(24)], deadline_ms=400)
+        body = score_body("slow", *[item("a", grey(i)) for i in range(40)], deadline_ms=1500)
         body["models"][JPEG_MODEL] = 1.0
         found = results(service, body)
         assert all(result["scores"][JPEG_MODEL][0] > 0 for result in found)
@@ -174,7 +174,7 @@ def test_what_no_retry_can_mend_ends_the_process(tmp_path: Path, model: str) -> 
     """
     prompt, reason = FATAL[model]
     slow = {"options": {"batch_s": 1.5}, "watchdog_s": 30.0}
-    settings = {"models": {model: {}, "slow": slow}, "watchdog_s": 1.0, "exit_grace_s": 3.0}
+    settings = {"models": {model: {}, "slow": slow}, "watchdog_s": 1.0, "exit_grace_s": 5.0}
     with running(tmp_path, settings) as live:
         assert one(live, model, "fine")["scores"][model] == [0.2]
         assert one(live, "slow", "fine")["scores"]["slow"] == [0.2]

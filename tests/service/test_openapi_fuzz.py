@@ -46,7 +46,7 @@ def operation(service: Live, document: dict[str, Any], path: str, method: str) -
 
 def settings(examples: int) -> hypothesis.settings:
     return hypothesis.settings(
-        max_examples=examples, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), database=None
+        max_examples=examples, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True
     )
 
 

@@ -48,7 +48,9 @@ def head(length: int) -> bytes:
 
 def test_a_full_queue_refuses_before_the_body_is_sent(busy: Live) -> None:
     with ThreadPoolExecutor(1) as pool:
-        filling = pool.submit(busy.post, "/score", body(range(MAX_COST)))
+        full = body(range(MAX_COST))
+        full["items"][0]["prompt"] = "longer"  # the first batch: nothing becomes free for two seconds
+        filling = pool.submit(busy.post, "/score", full)
         wait_until(lambda: busy.metric("reward_queue_cost") == MAX_COST, "the queue is full", 5)
         with socket.create_connection(busy.address, timeout=10) as connection:
             connection.sendall(head(500_000))  # and not one byte of the body
@@ -64,12 +66,12 @@ def test_retry_after_is_the_time_until_it_fits(busy: Live) -> None:
     """Waiting as told is enough, and not many times too much."""
     with ThreadPoolExecutor(1) as pool:
         filling = pool.submit(busy.post, "/score", body(range(12)))
-        wait_until(lambda: busy.metric("reward_queue_cost") == 12, "the queue is filled", 5)
+        wait_until(lambda: busy.metric("reward_queue_cost") > 0, "the queue is filled", 5)
         refused = busy.post("/score", body(range(MAX_COST)))
         problem = assert_problem(refused, 429, "overloaded")
         assert problem["model"] == "slow"
         wait_s = int(refused.headers["retry-after"])
-        assert 1 <= wait_s <= 3  # twelve samples at sixteen a second
+        assert 1 <= wait_s <= 3  # at most twelve samples, at about sixteen a second
         assert filling.result().status_code == 200
         for _ in range(5):  # on a crowded machine the measured rate is not kept
             time.sleep(wait_s)

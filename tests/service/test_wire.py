@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -121,18 +122,49 @@ def test_content_types_are_read_as_http_says(service: Live) -> None:
         assert response.status_code == 200, response.text
 
 
-@given(st.integers(1, 1000), st.lists(st.integers(0, 400), max_size=10))
-def test_the_byte_budget_is_never_exceeded_and_always_returned(limit: int, counts: list[int]) -> None:
+def test_what_was_done_is_counted(service: Live) -> None:
+    """Requests, samples, batches, the time of each stage, and the statistics of each group of scores."""
+    names = {
+        "reward_requests_total": {"route": "/score", "status": "200", "method": "POST"},
+        "reward_request_seconds_count": {"route": "/score"},
+        "reward_samples_total": {"model": "tiny-tower", "kind": "score"},
+        "reward_batch_size_sum": {"model": "tiny-tower"},
+        'reward_stage_seconds_count': {"model": "tiny-tower", "stage": "decode"},
+        "reward_score_bucket": {"model": "tiny-tower", "statistic": "mean", "le": "+Inf"},
+    }  # fmt: skip
+
+    def read() -> dict[str, float]:
+        found = {name: service.metric(name, **labels) for name, labels in names.items()}
+        for stage in ("queue", "forward"):
+            found[stage] = service.metric("reward_stage_seconds_count", model="tiny-tower", stage=stage)
+        return found
+
+    before = read()
+    items = [{"prompt": "a", "images": ["x", "y", "z"]}, {"prompt": "b", "images": ["x", "y", "z"]}]
+    body = tensor_body(score_body("tiny-tower", *items), {name: noise(i) for i, name in enumerate("xyz")})
+    response = service.post("/score", content=body, headers={"content-type": SAFETENSORS})
+    assert all(response.json()["timing_ms"][stage] > 0 for stage in ("decode", "queue", "forward"))
+    after = read()
+    grown = {name: after[name] - before[name] for name in before}
+    assert grown == dict.fromkeys(before, 6) | {
+        "reward_requests_total": 1, "reward_request_seconds_count": 1, "reward_score_bucket": 2,
+    }  # fmt: skip
+    assert service.metric("reward_ready") == 1
+
+
+@given(st.integers(1, 1000), st.lists(st.lists(st.integers(0, 400), max_size=4), max_size=6))
+def test_the_byte_budget_is_never_exceeded_and_always_returned(limit: int, requests: list[list[int]]) -> None:
     budget = ByteBudget(limit, Telemetry())
-    taken = []
-    for count in counts:
-        if sum(taken) + count > limit:
-            with pytest.raises(Overloaded):
-                budget.take(count)
-        else:
-            budget.take(count)
-            taken.append(count)
-        assert budget.used == sum(taken) <= limit
-    for count in taken:
-        budget.give_back(count)
+    with ExitStack() as stack:
+        taken = 0
+        for chunks in requests:
+            take = stack.enter_context(budget.hold())
+            for count in chunks:
+                if taken + count > limit:
+                    with pytest.raises(Overloaded):
+                        take(count)
+                else:
+                    take(count)
+                    taken += count
+                assert budget.used == taken <= limit
     assert budget.used == 0

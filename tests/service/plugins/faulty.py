@@ -88,12 +88,13 @@ class RaisesOnRed(Brightness):
 
 @register("slow")
 class Slow(Brightness):
-    """Sleeps ``batch_s`` a batch."""
+    """Sleeps ``batch_s`` a batch, two seconds longer when a prompt says "longer"."""
 
     info: ClassVar[RewardInfo] = info("slow")
 
     def run(self, batch: Sequence[Prepared]) -> Sequence[Output | SampleError]:
-        time.sleep(float(self.options["batch_s"]))
+        longer = 2.0 if any("longer" in entry.prompt for entry in batch) else 0.0
+        time.sleep(float(self.options["batch_s"]) + longer)
         return super().run(batch)
 
 

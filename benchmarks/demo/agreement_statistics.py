@@ -7,10 +7,6 @@ from itertools import combinations
 
 import numpy as np
 
-from models.shapes.evaluation import wilson_interval
-
-__all__ = ["bootstrap_interval", "pairwise_outcomes", "wilson_interval"]
-
 TIE = 1e-6
 """Truths closer than this are equal: such a pair has no right order."""
 
