@@ -2,4 +2,6 @@
 
 import models.bench_clip
 import models.jpeg
-import models.ocr  # noqa: F401
+import models.ocr
+import models.shapes_clip
+import models.shapes_oracle  # noqa: F401

@@ -52,7 +52,7 @@ def photographs(session: Session) -> Section:
     for rank, i in enumerate(favourite.ranking, start=1):
         cells = [str(rank), photos[i].name]
         for model in models:
-            digits = 1 if model == FAVOURITE else 4
+            digits = 2 if model == FAVOURITE else 4
             cells += [decimals(scores.scores[model][i], digits), decimals(compared[model].strength[i], 2)]
         rows.append(Row(tuple(cells), photos[i].image))
     failures = failures_of(scores, *compared.values())

@@ -224,7 +224,8 @@ def test_gradient_speaks_safetensors_only(service: Live) -> None:
     [
         ("GET", "/score", 405), ("PUT", "/score", 405), ("DELETE", "/models", 405), ("POST", "/health/ready", 405),
         ("GET", "/", 404), ("POST", "/scores", 404), ("GET", "/models/nope", 404), ("GET", "/../etc/passwd", 404),
-        ("GET", "/%00", 404), ("POST", "/score/", 404), ("GET", "/%ff%fe", 404), ("TRACE", "/score", 405), ("GET", "/" + "a" * 8000, 404),
+        ("GET", "/%00", 404),
+        ("POST", "/score/", 404), ("GET", "/%ff%fe", 404), ("TRACE", "/score", 405), ("GET", "/" + "a" * 8000, 404),
     ],
 )  # fmt: skip
 def test_wrong_method_or_route(service: Live, method: str, path: str, status: int) -> None:

@@ -71,6 +71,19 @@ def test_no_request_makes_the_service_fail(
     fuzz()
 
 
+def with_one_form(item: dict[str, Any], form: str) -> dict[str, Any]:
+    """The schema of an item that has ``form``, two to eight of them, and not the other."""
+    found = copy.deepcopy(item)
+    text = {"type": "string"}
+    candidate = {"type": "object", "properties": {"image": text}, "required": ["image"], "additionalProperties": False}
+    entries = {"images": text, "candidates": candidate}
+    for name in entries:
+        del found["properties"][name]
+    found["properties"][form] = {"type": "array", "items": entries[form], "minItems": 2, "maxItems": 8}
+    found["required"].append(form)
+    return found
+
+
 def narrowed(document: dict[str, Any], path: str) -> dict[str, Any]:
     """The document for requests in JSON that get far: random model names and lone candidates end early."""
     found = copy.deepcopy(document)
@@ -84,12 +97,10 @@ def narrowed(document: dict[str, Any], path: str) -> dict[str, Any]:
     schemas["CompareRequest"]["properties"]["model"] = {"enum": list(loaded)}
     for name in ("ScoreRequest", "GradientRequest", "CompareRequest"):
         del schemas[name]["properties"]["deadline_ms"]  # its answers depend on the time
-    if path != "/score":
-        for name in ("ItemIn", "CompareItemIn"):
-            images = {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 8}
-            schemas[name]["properties"]["images"] = images
-            schemas[name]["required"].append("images")
-            del schemas[name]["properties"]["candidates"]
+    for name in ("ItemIn", "CompareItemIn"):
+        # JSON Schema is not told that an item has images or candidates, and not both
+        forms = ["images"] if path == "/gradient" else ["images", "candidates"]
+        schemas[name] = {"anyOf": [with_one_form(schemas[name], form) for form in forms]}
     for path, name in (("/score", "ScoreRequest"), ("/compare", "CompareRequest"), ("/gradient", "GradientRequest")):
         body = found["paths"][path]["post"]["requestBody"]
         body["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
