@@ -107,7 +107,7 @@ def call_table(calls: Sequence[Call]) -> Table:
     groups: dict[tuple[str, str, tuple[str, ...]], list[Call]] = {}
     for call in calls:
         groups.setdefault((call.what, call.route, call.models), []).append(call)
-    numbers = ("calls", "images", *(f"{stage} ms" for stage in STAGES), "wall ms")
+    numbers = ("calls", "images", *STAGES, "wall")
     columns = (Column("what"), Column("route"), Column("models"), *(Column(title, numeric=True) for title in numbers))
     rows = []
     for (what, route, models), same in groups.items():
@@ -118,7 +118,7 @@ def call_table(calls: Sequence[Call]) -> Table:
         "Times are means of a row's calls. A stage is the longest that any sample of a call spent there; the models of "
         "a call work side by side. Wall is what the client waited, its own work and the transport included."
     )
-    return Table("HTTP calls", columns, tuple(rows), note)
+    return Table("HTTP calls, times in ms", columns, tuple(rows), note)
 
 
 def decimals(value: float | None, digits: int) -> str:

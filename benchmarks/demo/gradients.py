@@ -60,9 +60,9 @@ def ascent_step(pixels_3HW: Floats, gradient_3HW: Floats) -> Floats:
 def gradient(session: Session) -> Section:
     """A gradient map of a wrong drawing, its slope check, and what happens to who follows the gradient blindly."""
     image = pictures.wrong_drawing()
-    prompt = pictures.DRAWING_PROMPT.text
+    prompt = pictures.POSITION.text
     start = to_tensor(image)
-    first = session.gradient("gradient of a wrong drawing", Item(prompt, [start]), MODEL)[0].raise_for_errors()
+    first = session.gradient("a wrong drawing", Item(prompt, [start]), MODEL)[0].raise_for_errors()
     found = first.gradients[0]
     assert found is not None  # raise_for_errors
     norm = gradient_norm(found)

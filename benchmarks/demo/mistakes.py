@@ -48,7 +48,7 @@ def mistakes(session: Session) -> Section:
         broken,
         _sample(session, "an image of 8 x 8 pixels", "image_too_small", MODEL, "a photograph", good.resize((8, 8))),
         _sample(session, "ocr without a quoted text", "target_missing", "ocr", "a shop sign", good),
-        _sample(session, "a prompt outside the shapes world", "prompt_not_understood", "shapes-oracle",
+        _sample(session, "a foreign prompt", "prompt_not_understood", "shapes-oracle",
                 "a cat on a sofa", good),
         _unknown_model(session, good),
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def _truncated_file(session: Session, good: Sequence[PILImage.Image]) -> tuple[M
     response.raise_for_status()
     answer = response.json()
     wall_ms = 1000 * (time.perf_counter() - started)
-    session.calls.append(Call("a broken file between good ones", "/score", (MODEL,), 3, wall_ms, answer["timing_ms"]))
+    session.calls.append(Call("a broken file", "/score", (MODEL,), 3, wall_ms, answer["timing_ms"]))
     result = answer["results"][0]
     scores, errors = result["scores"][MODEL], result["errors"][1]
     code, message = (errors[0]["code"], errors[0]["message"]) if errors else ("none", "no error")

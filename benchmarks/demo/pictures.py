@@ -46,10 +46,11 @@ PHOTOS = (
 
 
 def photographs() -> list[Picture]:
-    """PHOTOS as squares of SIDE pixels, none enlarged."""
+    """PHOTOS as squares of SIDE pixels, none enlarged; without their files' comments and colour profiles."""
+    squares = [ImageOps.fit(samples.photo(p.file), (SIDE, SIDE), PILImage.Resampling.LANCZOS) for p in PHOTOS]
     return [
-        Picture(ImageOps.fit(samples.photo(photo.file), (SIDE, SIDE), PILImage.Resampling.LANCZOS), photo.name)
-        for photo in PHOTOS
+        Picture(PILImage.fromarray(np.asarray(square)), photo.name)
+        for photo, square in zip(PHOTOS, squares, strict=True)
     ]
 
 
@@ -86,25 +87,26 @@ def signs() -> list[Picture]:
 # ------------------------------------------------------------------------------------------------------------ shapes
 
 DRAWING_SIDE = 96
-DRAWING_PROMPT = compose("position", (Include("square", 1, "blue"), Include("circle", 1, "red", ("left of", 0))))
-FAULTS_SHOWN = ("swapped_attributes", "wrong_relation", "wrong_color", "wrong_shape", "extra_object", "missing_object")
+ATTRIBUTES = compose("color_attr", (Include("triangle", 1, "yellow"), Include("star", 1, "red")))
+POSITION = compose("position", (Include("square", 1, "blue"), Include("circle", 1, "red", ("left of", 0))))
 
 
-def drawings(seed: int = 7) -> list[Picture]:
-    """Eight candidates for DRAWING_PROMPT: one right, one right but blurred and noisy, six with one fault each."""
+def drawings(prompt: Prompt, seed: int = 7) -> list[Picture]:
+    """Eight candidates: one right, one right but blurred and noisy, and six with one fault each."""
     rng = np.random.default_rng(seed)
-    pixels = render_batch([right_scene(DRAWING_PROMPT, rng) for _ in range(2)], DRAWING_SIDE)
+    pixels = render_batch([right_scene(prompt, rng) for _ in range(2)], DRAWING_SIDE)
     damaged = degrade(pixels[1:], rng, blur=1.2, noise=0.06)[0]
     found = [Picture(PILImage.fromarray(pixels[0]), "right")]
     found.append(Picture(PILImage.fromarray(damaged), "right, blurred and noisy"))
-    for fault in FAULTS_SHOWN:
-        scene, _ = near_miss(DRAWING_PROMPT, rng, 1, kinds=(fault,))
+    last = "wrong_relation" if prompt.task == "position" else "one_too_many"
+    for fault in ("swapped_attributes", "wrong_color", "wrong_shape", "extra_object", "missing_object", last):
+        scene, _ = near_miss(prompt, rng, 1, kinds=(fault,))
         found.append(Picture(render(scene, DRAWING_SIDE), fault.replace("_", " ").replace("color", "colour")))
     return found
 
 
 def wrong_drawing() -> PILImage.Image:
-    """A drawing for DRAWING_PROMPT whose square is green in place of blue; every value is well within 0 and 255."""
+    """A drawing for POSITION whose square is green in place of blue; every value is well within 0 and 255."""
     objects = (SceneObject("circle", "red", (1, 0)), SceneObject("square", "green", (1, 2)))
     return render(Scene(objects, background=1), DRAWING_SIDE)
 

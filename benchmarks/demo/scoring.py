@@ -8,6 +8,7 @@ from benchmarks.demo import pictures
 from benchmarks.demo.document import Column, Row, Section, Table, Tone, decimals
 from benchmarks.demo.pictures import Picture
 from benchmarks.demo.session import Session
+from models.shapes.prompts import Prompt
 from trainer_client import Item, ItemComparisons, ItemScores
 
 RANK, NAME = Column("rank", numeric=True), Column("candidate")
@@ -99,9 +100,20 @@ def signs(session: Session) -> Section:
 
 
 def drawings(session: Session) -> Section:
-    """Eight drawings for one caption: what the learned reward prefers beside what is true."""
-    candidates = pictures.drawings()
-    item = Item(pictures.DRAWING_PROMPT.text, [candidate.image for candidate in candidates])
+    """Two groups of eight drawings: what the learned reward prefers beside what is true."""
+    groups = [_drawing_group(session, prompt) for prompt in (pictures.ATTRIBUTES, pictures.POSITION)]
+    return Section(
+        "Groups of drawings",
+        "Eight candidates for one caption, as a policy would offer them. shapes-clip is a small CLIP with an MLP head "
+        "that learned from preferences and sees only pixels; the oracle measures the picture and knows the truth.",
+        tuple(table for table, _ in groups),
+        failures=sum((failures for _, failures in groups), ()),
+    )
+
+
+def _drawing_group(session: Session, prompt: Prompt) -> tuple[Table, tuple[str, ...]]:
+    candidates = pictures.drawings(prompt)
+    item = Item(prompt.text, [candidate.image for candidate in candidates])
     scores = session.score("eight drawings", [item], ["shapes-oracle", "shapes-clip"], explain=True)[0]
     compared = session.compare("eight drawings", item, "shapes-clip")[0]
     rows = [_drawing_row(rank, i, candidates, scores, compared) for rank, i in enumerate(compared.ranking, start=1)]
@@ -114,23 +126,10 @@ def drawings(session: Session) -> Section:
     failures = failures_of(scores, compared)
     if exact != {0, 1}:
         failures += (f"the oracle takes {sorted(exact)} for right, where candidates 0 and 1 were drawn right",)
-    favourite = compared.ranking[0]
-    if favourite not in (0, 1):
-        failures += (f"shapes-clip prefers the drawing with {candidates[favourite].name}",)
-    return Section(
-        "A group of drawings",
-        "Eight candidates for one caption, as a policy would offer them. shapes-clip is a small CLIP with an MLP head "
-        "that learned from preferences and sees only pixels; the oracle measures the picture and knows the truth.",
-        (
-            Table(
-                f"Prompt: {pictures.DRAWING_PROMPT.text}",
-                columns,
-                tuple(rows),
-                _strength_note(session, ["shapes-clip"]),
-            ),
-        ),
-        failures=failures,
-    )
+    # A learned reward errs, and one group says little: the next part counts how often. It is no failure of the demo.
+    verdict = "right" if compared.ranking[0] in exact else "wrong"
+    note = f"The favourite of shapes-clip is {verdict}. {_strength_note(session, ['shapes-clip'])}"
+    return Table(f"Prompt: {prompt.text}", columns, tuple(rows), note), failures
 
 
 def _drawing_row(rank: int, i: int, candidates: list[Picture], scores: ItemScores, compared: ItemComparisons) -> Row:

@@ -43,6 +43,7 @@ th.number { white-space: normal; }
 .picture { width: 124px; }
 .picture img { display: block; max-width: 112px; max-height: 96px; border-radius: 4px; border: 1px solid var(--line); }
 td[data-label="code"] { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 13px; }
+.note + .scroll { margin-top: 26px; }
 .note { font-size: 13px; color: var(--soft); margin: 8px 0 0; max-width: 84ch; }
 footer { border-top: 1px solid var(--line); margin-top: 36px; padding-top: 16px; }
 .about { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; font-size: 13px;

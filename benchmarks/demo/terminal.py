@@ -23,7 +23,9 @@ def print_section(console: Console, section: Section) -> None:
         print_prose(console, section.lead)
     for fact in section.facts:
         console.print(Text.assemble((f"{fact.value}  ", "bold cyan"), fact.label))
-    for table in section.tables:
+    for i, table in enumerate(section.tables):
+        if i:
+            console.print()
         print_table(console, table)
     print_failures(console, section.failures)
 
@@ -43,7 +45,9 @@ def rich_table(table: Table) -> RichTable:
     """Cells are texts, not markup: a prompt may hold brackets. The first column keeps its words together."""
     made = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
-        made.add_column(Text(column.title), justify="right" if column.numeric else "left", overflow="fold")
+        # a number is narrower than its title: words under each other leave the room to the texts
+        title = column.title.replace(" ", "\n") if column.numeric else column.title
+        made.add_column(Text(title), vertical="top", justify="right" if column.numeric else "left", overflow="fold")
     for row in table.rows:
         made.add_row(*(Text(cell) for cell in row.cells), style=_TONES[row.tone])
     return made

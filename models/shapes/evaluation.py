@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
-from models.shapes.preferences import Pair, draw, held_out_pairs
+from models.shapes.preferences import Pair, draw, held_out_pairs, random_picture, sibling_prompt
 from models.shapes.prompts import Prompt
+from models.shapes.rules import exact_score
+from models.shapes.scenes import EVERYTHING, right_scene, truth
 
 Scorer = Callable[[Sequence[Prompt], Sequence[PILImage.Image]], Sequence[float]]
 
@@ -41,8 +43,24 @@ def judge_pairs(scorer: Scorer, pairs: Sequence[Pair], seed: int) -> tuple[list[
     return [high > low for high, low in zip(better, worse, strict=True)], scores
 
 
+def judge_prompts(scorer: Scorer, prompts: Sequence[Prompt], seed: int) -> list[bool]:
+    """Whether a right picture of each prompt scores strictly higher under it than under a slightly changed prompt."""
+    rng = np.random.default_rng(seed)
+    scenes = [right_scene(prompt, rng) for prompt in prompts]
+    others = []
+    for prompt, scene in zip(prompts, scenes, strict=True):
+        other = sibling_prompt(prompt, rng, EVERYTHING)
+        while exact_score(other, truth(scene)):
+            other = sibling_prompt(prompt, rng, EVERYTHING)
+        others.append(other)
+    images = draw([random_picture(scene, rng, 0) for scene in scenes], rng)
+    scores = list(scorer([*prompts, *others], images * 2))
+    return [own > other for own, other in zip(scores[: len(prompts)], scores[len(prompts) :], strict=True)]
+
+
 def accuracy_report(scorer: Scorer, seed: int, count: int) -> dict[str, Any]:
-    """Accuracy on ``count`` fresh in-domain and as many out-of-domain pairs: overall, per task and per kind of pair.
+    """Accuracy on ``count`` fresh in-domain and as many out-of-domain pairs: overall, per task and per kind of pair,
+    and how often a picture scores higher under its own prompt than under a slightly changed one ("between_prompts").
 
     Also the 1st and 99th percentile of the in-domain scores, which tell the model's usual range.
     """
@@ -54,6 +72,7 @@ def accuracy_report(scorer: Scorer, seed: int, count: int) -> dict[str, Any]:
             **accuracy(outcomes),
             "tasks": _grouped([pair.prompt.task for pair in pairs], outcomes),
             "kinds": _grouped([pair.kind for pair in pairs], outcomes),
+            "between_prompts": accuracy(judge_prompts(scorer, [pair.prompt for pair in pairs], seed + offset)),
         }
         if not out_of_domain:
             report["score_percentiles_1_99"] = [round(float(v), 3) for v in np.percentile(scores, (1, 99))]

@@ -6,17 +6,18 @@ pictures that show the same, the one less blurred and less noisy is better.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from models.shapes.prompts import TASKS, Prompt, Task
+from models.shapes.prompts import RELATIONS, TASKS, Include, Prompt, Task, compose, parse
 from models.shapes.rules import Found, exact_score, soft_score
 from models.shapes.scenes import EVERYTHING, Split, near_miss, random_prompt, random_scene, right_scene, truth
-from models.shapes.world import Scene, degrade, render_batch
+from models.shapes.world import COLORS, SHAPES, Scene, degrade, render_batch
 
 TRAINING_SPLIT = Split(
     held_out=frozenset(
@@ -138,10 +139,59 @@ TASK_WEIGHTS: dict[Task, float] = {
 """How often each task is trained; relations and attributes are learned last and need the most."""
 
 
-def training_batch(rng: np.random.Generator, prompts: int, per_prompt: int, split: Split = TRAINING_SPLIT) -> Batch:
-    """A batch of groups; every picture's content is known under every prompt of the batch."""
+def _change(include: list[Include], kind: str, rng: np.random.Generator) -> list[Include] | None:
+    """One change of what is asked for, or None where it doesn't apply."""
+    i = int(rng.integers(len(include)))
+    first, last, one = include[0], include[-1], include[i]
+    if kind == "relation" and last.position:
+        relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
+        return [first, replace(last, position=(relation, 0))]
+    if kind == "swap" and len(include) == 2:
+        if first.color and last.color:
+            return [replace(first, color=last.color), replace(last, color=first.color)]
+        return [replace(first, shape=last.shape), replace(last, shape=first.shape)]
+    if kind == "count" and one.count > 1:
+        include[i] = replace(one, count=int(rng.integers(2, 5)))
+        return include
+    if kind == "color" and one.color:
+        include[i] = replace(one, color=str(rng.choice(list(COLORS))))
+        return include
+    if kind == "shape":
+        include[i] = replace(one, shape=str(rng.choice(list(SHAPES))))
+        return include
+    return None
+
+
+def sibling_prompt(prompt: Prompt, rng: np.random.Generator, split: Split) -> Prompt:
+    """A prompt of the same task that asks for something slightly different: another relation, count, colour or shape,
+    or the two objects' colours or roles swapped."""
+    while True:
+        kind = str(rng.choice(("relation", "relation", "swap", "swap", "count", "color", "shape")))
+        include = _change(list(prompt.include), kind, rng)
+        if include is None or len({(i.shape, i.color) for i in include}) < len(include):
+            continue
+        changed = Counter(include) != Counter(prompt.include)
+        other = compose(prompt.task, tuple(include), rng)
+        if changed and parse(other.text) is not None and split.admits(other):
+            return other
+
+
+def training_batch(
+    rng: np.random.Generator,
+    prompts: int,
+    per_prompt: int,
+    split: Split = TRAINING_SPLIT,
+    *,
+    siblings: bool = False,
+) -> Batch:
+    """A batch of groups; every picture's content is known under every prompt of the batch.
+
+    With ``siblings`` every second prompt is a slight change of the one before it.
+    """
     tasks = rng.choice(len(TASKS), prompts, p=[TASK_WEIGHTS[task] for task in TASKS])
     chosen = [admitted_prompt(rng, split, TASKS[i]) for i in tasks]
+    if siblings:
+        chosen[1::2] = [sibling_prompt(prompt, rng, split) for prompt in chosen[: len(chosen) // 2 * 2 : 2]]
     pictures = [picture for prompt in chosen for picture in group(prompt, rng, per_prompt, split)]
     found = [truth(picture.scene) for picture in pictures]
     values = np.array([[content(prompt, things) for things in found] for prompt in chosen], np.float32)

@@ -22,6 +22,10 @@ from service.errors import InvalidRequest, Overloaded
 from service.telemetry import Telemetry
 
 Job = Literal["score", "gradient"]
+OVERBOOKED = 2.0
+LONGEST_RETRY_AFTER_S = 60
+PATIENCE = 0.1
+"""Of a batch's time: how long a batch waits to become as large as the one before it."""
 COST: dict[Job, int] = {"score": 1, "gradient": 3}  # in forward passes: a gradient is one forward and a backward of two
 
 
@@ -73,6 +77,9 @@ class Batcher:
         self._cost = 0
         self._preparing = 0
         self._last_settled = 0.0
+        self._next_appointment = 0.0
+        self._last_taken = 1
+        self._batch_seconds = 0.0
         self._ready: dict[Ticket, None] = {}  # insertion-ordered: a queue from which any ticket can leave at once
 
     # -- admission (event loop) ---------------------------------------------------------------------------------------
@@ -88,19 +95,30 @@ class Batcher:
                 f"{count} samples of {job} cost {cost}; {self.model} admits {self.max_cost}: split the request",
                 code="request_too_large",
             )
-        with self._wakeup:
-            over = self._cost + cost - self.max_cost
-            if over <= 0:
-                return
-            admitted = self._cost
-        raise Overloaded(
-            f"{self.model} has admitted {admitted} of {self.max_cost} cost units; this request needs {cost}",
-            retry_after_s=self._seconds_for(over),
-            model=self.model,
-        )
+        if not self.fits(cost):
+            raise Overloaded(
+                f"{self.model} has admitted {self._cost} of {self.max_cost} cost units; this request needs {cost}",
+                retry_after_s=self._appointment(cost),
+                model=self.model,
+            )
 
-    def _seconds_for(self, cost: float) -> int:
-        return max(1, min(600, math.ceil(cost / self.rate))) if self.rate else 1
+    def fits(self, cost: int) -> bool:
+        """Whether ``cost`` more can be admitted now."""
+        return self._cost + cost <= self.max_cost
+
+    def _appointment(self, cost: int) -> int:
+        """Seconds after which a refused request should come again.
+
+        Not before there is room, and not all at once: whoever is refused gets a place in a queue that exists only as
+        times to come again. It moves at OVERBOOKED times the measured rate, because some will not come.
+        """
+        if self.rate is None:
+            return 1
+        now = time.monotonic()
+        with self._wakeup:
+            room_at = now + (self._cost + cost - self.max_cost) / self.rate
+            self._next_appointment = max(self._next_appointment + cost / (OVERBOOKED * self.rate), room_at)
+            return max(1, min(LONGEST_RETRY_AFTER_S, math.ceil(self._next_appointment - now)))
 
     def admit(self, ticket: Ticket) -> None:
         """Reserve the ticket's cost; the caller has checked that it fits, on the same turn of the event loop."""
@@ -161,14 +179,21 @@ class Batcher:
     def due_in(self, now: float, full: int) -> float | None:
         """Seconds until a batch should be formed: 0 now, None when nothing waits.
 
-        A batch waits for more samples only while some are being decoded for it, and never longer than max_delay_s.
+        A padded batch costs the same with one sample as with all, so it waits for more where more can be expected:
+        while samples are being decoded for it, at most max_delay_s; and, because clients that wait for their answers
+        send again together, until it is as large as the one before, at most PATIENCE of a batch's time. A client that
+        is alone never waits.
         """
         oldest = self.oldest()
         if oldest is None:
             return None
-        if len(self._ready) >= full or self._preparing == 0:
+        ready = len(self._ready)
+        if ready >= full:
             return 0.0
-        return max(0.0, oldest + self.max_delay_s - now)
+        patience = self.max_delay_s if self._preparing else 0.0
+        if ready < min(full, self._last_taken):
+            patience = max(patience, PATIENCE * self._batch_seconds)
+        return max(0.0, oldest + patience - now)
 
     def take(self, full: int) -> list[Ticket]:
         """Form a batch of at most ``full``: the oldest tickets of one kind of job; expired ones are dropped."""
@@ -186,6 +211,8 @@ class Batcher:
                 del self._ready[ticket]
                 ticket.state, ticket.started_at = "running", now
                 batch.append(ticket)
+        if batch:
+            self._last_taken = len(batch)
         self._publish()
         return batch
 
@@ -200,6 +227,7 @@ class Batcher:
             began = max(self._last_settled, min(ticket.admitted_at for ticket in batch))
             self.learn(sum(ticket.cost for ticket in batch), now - began)
             self._last_settled = now
+            self._batch_seconds = 0.8 * self._batch_seconds + 0.2 * (now - batch[0].started_at)
             for ticket in batch:
                 ticket.finished_at, ticket.payload = now, None
                 self._leave(ticket, "settled")

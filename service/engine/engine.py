@@ -29,7 +29,7 @@ from service.engine.lane import Lane
 from service.engine.plan import resolve_device, worker_options
 from service.engine.request import Maker, PendingRequest, SampleResult, Timing, bare, timing
 from service.engine.worker import Worker
-from service.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UnknownModel
+from service.errors import DeadlineExceeded, InvalidRequest, Unavailable, UnknownModel
 from service.settings import Settings
 from service.telemetry import Telemetry
 
@@ -193,16 +193,9 @@ class Engine:
         """Raise Unavailable or Overloaded when no request could be admitted, before anyone reads its body."""
         if self.state != "serving":
             raise self._unavailable()
-        refusals: list[Overloaded] = []
-        for worker in self.workers.values():
-            try:
-                worker.batcher.check(1, "score")
-            except Overloaded as refusal:
-                refusals.append(refusal)
-            else:
-                return
-        if refusals:
-            raise min(refusals, key=lambda refusal: refusal.retry_after_s or 0)
+        batchers = [worker.batcher for worker in self.workers.values()]
+        if batchers and not any(batcher.fits(1) for batcher in batchers):
+            batchers[0].check(1, "score")
 
     def _unavailable(self) -> Unavailable:
         wait = {"starting": 5, "serving": 1, "draining": 1, "failed": 5}[self.state]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from PIL import Image as PILImage
 
 from benchmarks.demo import pictures
 from models.shapes.oracle import examine
-from models.shapes.prompts import TASKS, parse
+from models.shapes.prompts import TASKS, Prompt, parse
 from models.shapes.rules import Verdict
 
 
-def verdict(image: object) -> Verdict:
-    return examine(pictures.DRAWING_PROMPT, image)[0]  # type: ignore[arg-type]
+def verdict(prompt: Prompt, image: PILImage.Image) -> Verdict:
+    return examine(prompt, image)[0]
 
 
 def test_the_photographs_are_six_different_squares_of_one_size() -> None:
@@ -21,18 +23,22 @@ def test_the_photographs_are_six_different_squares_of_one_size() -> None:
     assert all(np.asarray(photo.image).std() > 10 for photo in photos)
 
 
-def test_the_drawings_are_two_right_ones_and_six_with_the_fault_that_they_name() -> None:
-    drawings = {drawing.name: verdict(drawing.image) for drawing in pictures.drawings()}
+@pytest.mark.parametrize("prompt", [pictures.ATTRIBUTES, pictures.POSITION], ids=lambda prompt: prompt.task)
+def test_the_drawings_are_two_right_ones_and_six_with_the_fault_that_they_name(prompt: Prompt) -> None:
+    drawings = {drawing.name: verdict(prompt, drawing.image) for drawing in pictures.drawings(prompt)}
     assert [name for name, found in drawings.items() if found.exact == 1.0] == ["right", "right, blurred and noisy"]
     assert len(drawings) == 8
-    assert "is not left of" in drawings["wrong relation"].reason
-    assert "no red circle" in drawings["swapped attributes"].reason
+    assert drawings["swapped attributes"].reason.startswith("no ")
     assert drawings["extra object"].geneval == 1.0  # GenEval's lax rule does not mind it
     assert drawings["missing object"].reason.count("no ") == 1
+    if prompt.task == "position":
+        assert "is not left of" in drawings["wrong relation"].reason
+    else:
+        assert "found 2" in drawings["one too many"].reason
 
 
 def test_the_wrong_drawing_is_wrong_in_its_colour_alone() -> None:
-    found = verdict(pictures.wrong_drawing())
+    found = verdict(pictures.POSITION, pictures.wrong_drawing())
     assert found.exact == 0.0
     assert "found 1 red circle, as asked" in found.reason
     assert "1 green square" in found.reason

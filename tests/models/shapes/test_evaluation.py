@@ -21,6 +21,7 @@ def by_oracle(prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> list[
 def test_the_oracle_is_right_on_content_and_blind_to_damage_it_sees_through() -> None:
     report = accuracy_report(by_oracle, seed=3, count=144)
     for split in ("held_out", "out_of_domain"):
+        assert report[split]["between_prompts"]["accuracy"] == 1.0
         assert report[split]["n"] == 144
         for kind in ("near_miss", "unrelated"):
             assert report[split]["kinds"][kind]["accuracy"] > 0.85

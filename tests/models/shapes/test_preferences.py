@@ -1,11 +1,25 @@
 """The training data: nothing held out ever occurs in it, and its labels are what the oracle sees in the pictures."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.shapes.oracle import detect
-from models.shapes.preferences import SIZES, TRAINING_SPLIT, Picture, content, draw, held_out_pairs, training_batch
-from models.shapes.prompts import TASKS
+from models.shapes.preferences import (
+    SIZES,
+    TRAINING_SPLIT,
+    Picture,
+    admitted_prompt,
+    content,
+    draw,
+    held_out_pairs,
+    sibling_prompt,
+    training_batch,
+)
+from models.shapes.prompts import TASKS, Task, parse
 from models.shapes.scenes import random_scene, truth
 from models.shapes.world import COLORS, SHAPES
 
@@ -67,6 +81,17 @@ def test_content_agrees_with_the_oracle_on_the_rendered_pictures() -> None:
     assert compared > 10
     own = [batch.content_GN[g, 6 * g : 6 * g + 6] for g in range(6)]
     assert all(row[0] == row[1] == 2.0 and (row[2:] < 2.0).all() for row in own)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(TASKS))
+def test_sibling_prompts_ask_for_something_slightly_different(seed: int, task: Task) -> None:
+    rng = np.random.default_rng(seed)
+    prompt = admitted_prompt(rng, TRAINING_SPLIT, task)
+    sibling = sibling_prompt(prompt, rng, TRAINING_SPLIT)
+    assert sibling.task == prompt.task
+    assert Counter(sibling.include) != Counter(prompt.include)
+    assert TRAINING_SPLIT.admits(sibling)
+    assert parse(sibling.text) == sibling
 
 
 def test_drawing_is_reproducible_keeps_the_order_and_damages_as_told() -> None:

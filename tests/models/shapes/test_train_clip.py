@@ -13,24 +13,16 @@ from open_clip.model import CLIP
 
 from models.backbones.clip import tokenize
 from models.base import LoadOptions, Output, WeightsError
+from models.shapes.clip_losses import cell_labels, contrastive_loss, preference_labels, prompt_labels
 from models.shapes.clip_model import clip_config, compact_index, known_tokens, pack, unpack
 from models.shapes.preferences import training_batch
 from models.shapes.prompts import TASKS
 from models.shapes.scenes import random_prompt
-from models.shapes.train_clip import (
-    TrainConfig,
-    Trainee,
-    cell_labels,
-    contrastive_loss,
-    main,
-    preference_labels,
-    to_pixels,
-    to_tokens,
-    train,
-)
+from models.shapes.train_clip import TrainConfig, align, learn, main, train
+from models.shapes.trainee import Trainee, rounded, to_pixels, to_tokens
 from models.shapes_clip import ShapesClip
 
-SMALL = replace(TrainConfig(), contrastive_steps=2, preference_steps=2, prompts=3, per_prompt=4)
+SMALL = replace(TrainConfig(), contrastive_steps=2, preference_steps=2, alignment_steps=2, prompts=3, per_prompt=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,16 +34,47 @@ def _one_thread() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def test_the_same_seed_gives_the_same_weights_and_both_stages_train_every_part() -> None:
+def test_the_same_seed_gives_the_same_weights_and_the_stages_train_every_part() -> None:
     steps: list[tuple[int, int]] = []
     trained = [train(SMALL, lambda step, total, text: steps.append((step, total))) for _ in range(2)]
-    assert steps == [(step, 4) for step in (1, 2, 3, 4)] * 2
+    assert steps == [(step, 6) for step in (1, 2, 3, 4, 5, 6)] * 2
     first, second = (pack(model.clip, model.head) for model in trained)
     assert all(torch.equal(first[name], second[name]) for name in first)
     torch.manual_seed(SMALL.seed)
     untrained = dict(Trainee().named_parameters())
     still = [name for name, value in trained[0].named_parameters() if torch.equal(value, untrained[name])]
     assert still == []
+
+
+def test_alignment_starts_from_what_would_be_stored_so_it_can_be_repeated_alone() -> None:
+    torch.manual_seed(SMALL.seed)
+    torch.use_deterministic_algorithms(True)
+    stored = pack(*(lambda model: (model.clip, model.head))(learn(Trainee(), SMALL, lambda *_: None)))
+    torch.manual_seed(99)
+    fresh = Trainee()
+    clip, head = unpack(stored, compact=True)
+    fresh.clip.load_state_dict(clip)
+    fresh.head.load_state_dict(head)
+    alone = align(fresh, SMALL, lambda *_: None)
+    whole = train(SMALL, lambda *_: None)
+    first, second = (pack(model.clip, model.head) for model in (alone, rounded(whole)))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_prompt_labels_follow_content() -> None:
+    batch = training_batch(np.random.default_rng(2), 4, 4, siblings=True)
+    preference, weight = prompt_labels(batch)
+    assert preference.shape == weight.shape == (16, 4, 4)
+    for n in range(16):
+        for g in range(4):
+            for h in range(4):
+                one, other = batch.content_GN[g, n], batch.content_GN[h, n]
+                if abs(one - other) >= 0.02:
+                    assert preference[n, g, h] == float(one > other)
+                    assert weight[n, g, h] == (1.0 if n // 4 in (g, h) else 0.25)
+                else:
+                    assert preference[n, g, h] == 0.5
+                    assert (weight[n, g, h] > 0) == (g != h and one == 2.0)
 
 
 def test_preference_labels_follow_content_then_damage() -> None:

@@ -100,7 +100,7 @@ def test_admission_is_bounded_by_cost() -> None:
         batcher.check(1, "gradient")
 
 
-@pytest.mark.parametrize(("rate", "count", "seconds"), [(None, 5, 1), (2.0, 5, 3), (1000.0, 5, 1), (0.001, 5, 600)])
+@pytest.mark.parametrize(("rate", "count", "seconds"), [(None, 5, 1), (2.0, 5, 3), (1000.0, 5, 1), (0.001, 5, 60)])
 def test_retry_after_is_the_time_until_the_request_would_fit(rate: float | None, count: int, seconds: int) -> None:
     batcher = make(max_cost=10)
     for _ in range(10):
@@ -170,6 +170,50 @@ def test_a_sample_that_never_becomes_ready_ends_the_waiting(end: str, clock: Clo
     else:
         assert batcher.drop(coming, "disconnect")
     assert batcher.due_in(clock.now, 8) == 0.0
+
+
+def test_those_who_are_refused_are_told_to_come_back_one_after_the_other(clock: Clock) -> None:
+    """If all came back when the first has room, most would be refused again, and refusing costs time too."""
+    batcher = make(max_cost=10)
+    for _ in range(10):
+        batcher.admit(ticket())
+    batcher.rate = 4.0
+    waits = []
+    for _ in range(80):
+        with pytest.raises(Overloaded) as refusal:
+            batcher.check(1, "score")
+        waits.append(refusal.value.retry_after_s)
+    assert waits == sorted(waits)
+    assert waits[0] == 1
+    # Appointments come at twice the measured rate, because not everyone keeps them.
+    assert waits[-1] == pytest.approx(80 / (2 * 4.0), abs=1.01)
+    clock.now += 1000
+    with pytest.raises(Overloaded) as refusal:
+        batcher.check(1, "score")
+    assert refusal.value.retry_after_s == 1  # appointments of the past are forgotten
+
+
+def test_a_batch_waits_briefly_for_as_many_as_came_last_time(clock: Clock) -> None:
+    """Clients that wait for their answers send again together: half a padded batch costs as much as a full one."""
+    batcher = make(max_delay_s=0.004)
+    queued(batcher, *(ticket() for _ in range(8)))
+    for _ in range(30):  # the batch's time is a moving average
+        batch = batcher.take(8)
+        clock.now += 1.0
+        batcher.settle(batch, [Output(0.0)] * len(batch))
+        queued(batcher, *(ticket() for _ in range(8)))
+    batcher.settle(batch := batcher.take(8), [Output(0.0)] * len(batch))
+    queued(batcher, ticket())
+    assert batcher.due_in(clock.now, 8) == pytest.approx(0.1, rel=0.3)
+    queued(batcher, *(ticket() for _ in range(7)))
+    assert batcher.due_in(clock.now, 8) == 0.0
+    batcher.settle(batch := batcher.take(8), [Output(0.0)] * len(batch))
+    queued(batcher, ticket())
+    clock.now += 0.11
+    assert batcher.due_in(clock.now, 8) == 0.0  # the others did not come
+    batcher.settle(batch := batcher.take(8), [Output(0.0)] * len(batch))
+    queued(batcher, ticket())
+    assert batcher.due_in(clock.now, 8) == 0.0  # and a client that is alone does not wait
 
 
 def test_expired_samples_are_dropped_and_never_run(clock: Clock) -> None:
