@@ -77,7 +77,7 @@ def _section(judged: Sequence[Judged], images: int, seconds: float) -> Section:
     failures = () if accuracy >= FLOOR else (f"pairwise accuracy {accuracy:.3f} is below {FLOOR}",)
     return Section(
         "Agreement with the truth",
-        f"{len(judged)} new captions with {IMAGES} drawings each: right ones, near misses, blurred and noisy ones. "
+        f"{len(judged)} random captions with {IMAGES} drawings each: right ones, near misses, blurred and noisy ones. "
         "Over all pairs whose true order is known from the oracle (exact plus soft score), how often does shapes-clip "
         "put the better one first?",
         (

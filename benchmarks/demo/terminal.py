@@ -12,6 +12,8 @@ from rich.text import Text
 from benchmarks.demo.document import Section, Table
 
 PROSE_WIDTH = 100
+LONGEST_WORD = 11
+"""Characters that a word may claim before it is cut in a narrow window."""
 _TONES = {"good": "green", "bad": "", "": ""}
 
 
@@ -42,12 +44,23 @@ def print_prose(console: Console, text: str) -> None:
 
 
 def rich_table(table: Table) -> RichTable:
-    """Cells are texts, not markup: a prompt may hold brackets. The first column keeps its words together."""
-    made = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns:
-        # a number is narrower than its title: words under each other leave the room to the texts
-        title = column.title.replace(" ", "\n") if column.numeric else column.title
-        made.add_column(Text(title), vertical="top", justify="right" if column.numeric else "left", overflow="fold")
+    """Cells are texts, not markup: a prompt may hold brackets."""
+    made = RichTable(
+        title=Text(table.title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for i, column in enumerate(table.columns):
+        if column.numeric:
+            # a number is narrower than its title: words under each other leave the room to the texts
+            title = Text(column.title.replace(" ", "\n").replace("-", "-\n"))
+            made.add_column(title, justify="right", no_wrap=True)
+        else:
+            words = (word for row in table.rows for word in row.cells[i].split())
+            longest = max((len(word) for word in words), default=0)
+            made.add_column(Text(column.title), min_width=min(longest, LONGEST_WORD), overflow="fold")
     for row in table.rows:
         made.add_row(*(Text(cell) for cell in row.cells), style=_TONES[row.tone])
     return made

@@ -6,8 +6,11 @@ import io
 
 from rich.console import Console
 
-from benchmarks.demo.document import Column, Fact, Row, Section, Table
+from benchmarks.demo.document import Call, Column, Fact, Row, Section, Table, call_table
 from benchmarks.demo.terminal import PROSE_WIDTH, print_section
+
+
+STAGES_MS = {"decode": 12345.6, "queue": 23456.7, "forward": 34567.8}
 
 
 def printed(section: Section, width: int = 120) -> str:
@@ -36,3 +39,11 @@ def test_everything_of_a_section_is_printed_and_prose_stays_narrow() -> None:
     assert "✗ it broke" in text
     assert max(len(line) for line in text.splitlines() if line.startswith("word")) <= PROSE_WIDTH
     assert text.count("word") == 60
+
+
+def test_numbers_are_whole_in_a_narrow_window() -> None:
+    calls = [Call("a long description of it", "/gradient", ("jpeg-incompressibility",), 252, 98765.4, STAGES_MS)]
+    text = printed(Section("title", "", (call_table(calls),)), width=80)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    for number in ("252", "12345.6", "23456.7", "34567.8", "98765.4"):
+        assert number in text

@@ -169,8 +169,10 @@ def test_the_command_writes_weights_that_load_and_their_measured_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "small.safetensors"
-    steps = ["--contrastive-steps", "1", "--preference-steps", "1", "--evaluation-pairs", "24", "--seed", "3"]
-    monkeypatch.setattr("sys.argv", ["train_clip", "--output", str(output), *steps])
+    stages = [f"--{stage}-steps=1" for stage in ("contrastive", "preference", "alignment")]
+    monkeypatch.setattr(
+        "sys.argv", ["train_clip", "--output", str(output), *stages, "--evaluation-pairs=24", "--seed=3"]
+    )
     main()
     report = json.loads(output.with_suffix(".json").read_text())
     assert report["training"]["config"]["seed"] == 3
