@@ -42,7 +42,7 @@ class ShapesClip(TowerReward):
         description="Learned preference between pictures of coloured shapes: a small CLIP with an MLP head",
         kind="pointwise",
         inputs=("prompt", "image"),
-        range=(-10.0, 10.0),
+        range=(-15.0, 15.5),  # 1st to 99th percentile on held-out pairs: shapes_clip.json
         citation="this project; architecture: Radford et al., 2021 (arXiv:2103.00020); "
         "loss: Bradley and Terry, 1952 (Biometrika 39)",
         license="project",

@@ -52,6 +52,9 @@ def serve(
     except SettingsProblem as problem:
         _stop(f"settings: {problem}")
     configure_logging(settings.log_level, settings.log_format)
+    from service.runtime import set_library_variables
+
+    set_library_variables(settings)
     from service.app import create_app  # imports torch: after the settings, so that a typo is told at once
     from service.process import bind
     from service.process import serve as serve_app

@@ -20,6 +20,7 @@ READS_ENVIRONMENT = {
     "service/settings.py",
     "service/engine/compile.py",  # torch takes the place of its compile cache from a variable
     "models/ocr.py",  # turns off what the wheel of onnxruntime reports to its maker; it reads a variable at import
+    "service/runtime.py",  # OpenMP and MKL read theirs when torch is imported
     "service/cli.py",  # hands --config to settings.py through REWARD_CONFIG
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -148,4 +149,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # Python would end at once on SIGTERM and leave the service running; as an exception it unwinds.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     typer.run(main)

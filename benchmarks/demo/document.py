@@ -103,17 +103,18 @@ STAGES = ("decode", "queue", "forward")
 
 
 def call_table(calls: Sequence[Call]) -> Table:
-    """Where the time of the calls went; those of one purpose share a row with their mean times."""
+    """Where the time of the calls went; those of one purpose share a row, with their number and mean times."""
     groups: dict[tuple[str, str, tuple[str, ...]], list[Call]] = {}
     for call in calls:
         groups.setdefault((call.what, call.route, call.models), []).append(call)
-    numbers = ("calls", "images", *STAGES, "wall")
+    numbers = ("images", *STAGES, "wall")
     columns = (Column("what"), Column("route"), Column("models"), *(Column(title, numeric=True) for title in numbers))
     rows = []
     for (what, route, models), same in groups.items():
         stages = [fmean(call.stages_ms[stage] for call in same) for stage in STAGES]
-        numbered = (str(len(same)), str(sum(call.images for call in same)), *(f"{ms:.1f}" for ms in stages))
-        rows.append(Row((what, route, ", ".join(models), *numbered, f"{fmean(c.wall_ms for c in same):.1f}")))
+        numbered = (str(sum(call.images for call in same)), *(f"{ms:.1f}" for ms in stages))
+        title = what if len(same) == 1 else f"{what} (× {len(same)})"
+        rows.append(Row((title, route, ", ".join(models), *numbered, f"{fmean(c.wall_ms for c in same):.1f}")))
     note = (
         "Times are means of a row's calls. A stage is the longest that any sample of a call spent there; the models of "
         "a call work side by side. Wall is what the client waited, its own work and the transport included."

@@ -12,7 +12,7 @@ from rich.text import Text
 from benchmarks.demo.document import Section, Table
 
 PROSE_WIDTH = 100
-LONGEST_WORD = 11
+LONGEST_WORD = 10
 """Characters that a word may claim before it is cut in a narrow window."""
 _TONES = {"good": "green", "bad": "", "": ""}
 

@@ -30,6 +30,7 @@ from service.engine.batcher import Batcher, GradientResult, Job, Outcome, Ticket
 from service.engine.compile import BucketedFunction
 from service.engine.features import FeatureCache
 from service.engine.towers import TowerGradient, TowerRunner
+from service.runtime import reduction_order
 from service.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -321,4 +322,4 @@ def device_class(device: torch.device) -> str:
         return f"cuda:{torch.cuda.get_device_name(device)}:sm_{major}{minor}"
     amx = "+amx" if torch.cpu._is_amx_tile_supported() else ""
     bf16 = "+avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-    return f"cpu:{torch.backends.cpu.get_cpu_capability()}{bf16}{amx}"
+    return f"cpu:{torch.backends.cpu.get_cpu_capability()}{bf16}{amx}:mkl={reduction_order()}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -93,6 +96,19 @@ def test_a_mistake_with_a_number_or_another_code_is_not_as_expected() -> None:
     assert Mistake("x", "truncated_image", "truncated_image", "…").as_expected
     assert not Mistake("x", "truncated_image", "truncated_image", "…", score=0.0).as_expected
     assert not Mistake("x", "truncated_image", "invalid_image", "…").as_expected
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_told_to_stop_stops_its_service(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.demo", "--output", str(tmp_path / "report.html")]
+    demo = psutil.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    while not (children := demo.children()):
+        assert demo.poll() is None
+        time.sleep(0.05)
+    demo.terminate()
+    assert demo.wait(120) == 128 + signal.SIGTERM
+    assert psutil.wait_procs(children, timeout=30)[1] == []
 
 
 @pytest.mark.slow

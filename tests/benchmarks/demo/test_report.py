@@ -154,7 +154,7 @@ def test_calls_of_one_purpose_share_a_row_with_their_means() -> None:
         Call("captions", "/compare", ("a",), 6, 7.0, STAGES_MS),
     ]
     assert [row.cells for row in call_table(calls).rows] == [
-        ("captions", "/score", "a, b", "2", "63", "15.0", "0.5", "4.5", "200.0"),
-        ("signs", "/score", "ocr", "1", "6", "1.0", "2.0", "3.0", "900.0"),
-        ("captions", "/compare", "a", "1", "6", "1.0", "2.0", "3.0", "7.0"),
+        ("captions (× 2)", "/score", "a, b", "63", "15.0", "0.5", "4.5", "200.0"),
+        ("signs", "/score", "ocr", "6", "1.0", "2.0", "3.0", "900.0"),
+        ("captions", "/compare", "a", "6", "1.0", "2.0", "3.0", "7.0"),
     ]
