@@ -37,7 +37,7 @@ def jpeg_kilobytes(image: PILImage.Image) -> float:
     elif image.mode not in _DIRECT_MODES:
         raise InputError("only 8-bit images can be stored as JPEG", code="mode_not_supported")
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=QUALITY)
+    image.save(buffer, format="JPEG", quality=QUALITY, comment=b"")  # a source file's comment is not the picture
     return buffer.tell() / 1000
 
 

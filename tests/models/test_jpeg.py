@@ -67,3 +67,10 @@ def test_other_than_8_bit_is_refused(mode: str) -> None:
 def test_only_images_are_scored() -> None:
     with pytest.raises(UnsupportedInput, match="jpeg-compressibility scores images; this candidate is a text"):
         JpegCompressibility().prepare(Sample("", Candidate(text="hello")))
+
+
+def test_a_comment_of_the_source_file_does_not_count() -> None:
+    plain = Image.linear_gradient("L").convert("RGB")
+    commented = plain.copy()
+    commented.info["comment"] = b"x" * 5000
+    assert jpeg_kilobytes(commented) == jpeg_kilobytes(plain)
