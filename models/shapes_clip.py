@@ -30,7 +30,7 @@ from models.shapes.clip_model import (
 from models.shapes.world import Scene, SceneObject, render
 from models.weights import hash_tensors, load_safetensors
 
-PARAMETERS = 7_953_410
+PARAMETERS = 8_364_546
 
 
 @register("shapes-clip")
@@ -42,7 +42,7 @@ class ShapesClip(TowerReward):
         description="Learned preference between pictures of coloured shapes: a small CLIP with an MLP head",
         kind="pointwise",
         inputs=("prompt", "image"),
-        range=(-15.0, 15.5),  # 1st to 99th percentile on held-out pairs: shapes_clip.json
+        range=(-28.0, 28.0),  # 1st to 99th percentile on held-out pairs: shapes_clip.json
         citation="this project; architecture: Radford et al., 2021 (arXiv:2103.00020); "
         "loss: Bradley and Terry, 1952 (Biometrika 39)",
         license="project",

@@ -1,4 +1,4 @@
-"""What shapes-clip learns from a batch: labels from the known scenes, and the losses of its three stages."""
+"""What shapes-clip learns from a batch: labels from the known scenes, and the losses of its stages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.shapes.preferences import Batch, Picture
+from models.shapes.prompts import RELATIONS, Prompt
 from models.shapes.trainee import Trainee
 from models.shapes.world import COLORS, GRID, SHAPES
 
@@ -79,6 +80,28 @@ def preference_labels(batch: Batch) -> tuple[Tensor, Tensor]:
     weight = both.float() + 0.25 * (one & ~equal).float()
     weight = weight * torch.where(equal & (cleaner == 0), 0.3, 1.0)
     return preference, weight * ~torch.eye(pictures, dtype=torch.bool)
+
+
+SLOTS = (len(SHAPES) + 1, len(COLORS) + 1, 5) * 2 + (len(RELATIONS) + 1,)
+"""Classes of what a prompt says: shape, colour and count of both things (0: not named), and their relation."""
+
+
+def slot_labels(prompts: Sequence[Prompt]) -> Tensor:
+    """int64 [G, 7]: what each prompt says, in the classes of ``SLOTS``."""
+    labels = torch.zeros(len(prompts), len(SLOTS), dtype=torch.int64)
+    for row, prompt in zip(labels, prompts, strict=True):
+        for i, include in enumerate(prompt.include):
+            color = _COLOR_INDEX[include.color] if include.color else 0
+            row[3 * i : 3 * i + 3] = torch.tensor((_SHAPE_INDEX[include.shape], color, include.count))
+            if include.position:
+                row[6] = RELATIONS.index(include.position[0]) + 1
+    return labels
+
+
+def slot_loss(logits_GK: Tensor, labels_G7: Tensor) -> Tensor:
+    """Sum of the seven cross-entropies."""
+    parts = torch.split(logits_GK, list(SLOTS), dim=-1)
+    return torch.stack([F.cross_entropy(part, labels_G7[:, k]) for k, part in enumerate(parts)]).sum()
 
 
 def prompt_labels(batch: Batch) -> tuple[Tensor, Tensor]:

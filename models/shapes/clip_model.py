@@ -79,12 +79,23 @@ def clip_config(*, compact: bool) -> dict[str, Any]:
 
 
 class PreferenceHead(nn.Module):
-    """Score from both features, their product and their cosine; its weights stay float32 whatever the towers' are."""
+    """Score from both features, their cosine and products of their projections; its weights stay float32 whatever the
+    towers' are.
 
-    def __init__(self, dim: int = EMBED_DIM, hidden: int = 256) -> None:
+    A product of projections tells where picture and prompt agree on one thing (this colour in that cell); what is
+    asked for together, and in which relation, is then left to the layers.
+    """
+
+    def __init__(self, dim: int = EMBED_DIM, products: int = 512, hidden: int = 384) -> None:
         super().__init__()
+        self.image_projection = nn.Linear(dim, products)
+        self.text_projection = nn.Linear(dim, products)
         self.layers = nn.Sequential(
-            nn.Linear(3 * dim + 1, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1)
+            nn.Linear(products + 2 * dim + 1, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, 1),
         )
 
     def forward(self, image_features_BD: Tensor, text_features_BD: Tensor) -> Tensor:
@@ -95,11 +106,12 @@ class PreferenceHead(nn.Module):
         # Entries of about one are a better input to a linear layer than those of a unit vector.
         scale = image.shape[-1] ** 0.5
         cosine = (image * text).sum(-1, keepdim=True)
-        joined = torch.cat([image * scale, text * scale, image * text * scale * scale, cosine * scale], dim=-1)
+        products = self.image_projection(image * scale) * self.text_projection(text * scale)
+        joined = torch.cat([products, image * scale, text * scale, cosine * scale], dim=-1)
         return self.layers(joined).squeeze(-1)  # type: ignore[no-any-return]
 
 
-def pack(clip: nn.Module, head: PreferenceHead) -> dict[str, Tensor]:
+def pack(clip: nn.Module, head: nn.Module) -> dict[str, Tensor]:
     """What is stored: float16 tensors "clip.*" (with the compact embedding table) and "head.*"."""
     named = [(f"clip.{name}", value) for name, value in clip.state_dict().items()]
     named += [(f"head.{name}", value) for name, value in head.state_dict().items()]

@@ -72,6 +72,7 @@ def accuracy_report(scorer: Scorer, seed: int, count: int) -> dict[str, Any]:
             **accuracy(outcomes),
             "tasks": _grouped([pair.prompt.task for pair in pairs], outcomes),
             "kinds": _grouped([pair.kind for pair in pairs], outcomes),
+            "faults": _grouped([pair.fault for pair in pairs], outcomes),
             "between_prompts": accuracy(judge_prompts(scorer, [pair.prompt for pair in pairs], seed + offset)),
         }
         if not out_of_domain:
@@ -82,5 +83,5 @@ def accuracy_report(scorer: Scorer, seed: int, count: int) -> dict[str, Any]:
 def _grouped(keys: Sequence[str], outcomes: Sequence[bool]) -> dict[str, Any]:
     return {
         key: accuracy([right for other, right in zip(keys, outcomes, strict=True) if other == key])
-        for key in dict.fromkeys(keys)
+        for key in dict.fromkeys(filter(None, keys))
     }

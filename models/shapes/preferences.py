@@ -16,7 +16,16 @@ from PIL import Image as PILImage
 
 from models.shapes.prompts import RELATIONS, TASKS, Include, Prompt, Task, compose, parse
 from models.shapes.rules import Found, exact_score, soft_score
-from models.shapes.scenes import EVERYTHING, Split, near_miss, random_prompt, random_scene, right_scene, truth
+from models.shapes.scenes import (
+    EVERYTHING,
+    Split,
+    find_near_miss,
+    near_miss,
+    random_prompt,
+    random_scene,
+    right_scene,
+    truth,
+)
 from models.shapes.world import COLORS, SHAPES, Scene, degrade, render_batch
 
 TRAINING_SPLIT = Split(
@@ -128,6 +137,22 @@ def group(prompt: Prompt, rng: np.random.Generator, size: int, split: Split) -> 
     return pictures
 
 
+ARRANGEMENT_FAULTS = ("wrong_relation", "swapped_attributes")
+"""Faults that leave every shape, colour and count as asked for: what a bag of words can't see."""
+
+
+def arranged_group(prompt: Prompt, rng: np.random.Generator, size: int, split: Split) -> list[Picture]:
+    """A group in which, for two things, each of the first near misses is likely one of arrangement alone."""
+    pictures = group(prompt, rng, size, split)
+    for i in (2, 3):
+        if prompt.task in ("position", "color_attr") and rng.random() < 0.6:
+            # The other arrangement may be held out: then the group stays as it is.
+            found = find_near_miss(prompt, rng, 1, kinds=ARRANGEMENT_FAULTS, split=split, attempts=20)
+            if found is not None:
+                pictures[i] = random_picture(found[0], rng)
+    return pictures
+
+
 TASK_WEIGHTS: dict[Task, float] = {
     "single_object": 0.08,
     "two_object": 0.14,
@@ -186,13 +211,14 @@ def training_batch(
 ) -> Batch:
     """A batch of groups; every picture's content is known under every prompt of the batch.
 
-    With ``siblings`` every second prompt is a slight change of the one before it.
+    With ``siblings`` every second prompt is a slight change of the one before it, and groups are arranged ones.
     """
     tasks = rng.choice(len(TASKS), prompts, p=[TASK_WEIGHTS[task] for task in TASKS])
     chosen = [admitted_prompt(rng, split, TASKS[i]) for i in tasks]
     if siblings:
         chosen[1::2] = [sibling_prompt(prompt, rng, split) for prompt in chosen[: len(chosen) // 2 * 2 : 2]]
-    pictures = [picture for prompt in chosen for picture in group(prompt, rng, per_prompt, split)]
+    make = arranged_group if siblings else group
+    pictures = [picture for prompt in chosen for picture in make(prompt, rng, per_prompt, split)]
     found = [truth(picture.scene) for picture in pictures]
     values = np.array([[content(prompt, things) for things in found] for prompt in chosen], np.float32)
     damage = np.array([picture.damage for picture in pictures], np.int64)
@@ -210,6 +236,8 @@ class Pair:
     better: Picture
     worse: Picture
     kind: str
+    fault: str = ""
+    """The single fault of the worse picture, for near misses."""
 
 
 def _pair(prompt: Prompt, kind: str, rng: np.random.Generator, split: Split) -> Pair:
@@ -218,8 +246,8 @@ def _pair(prompt: Prompt, kind: str, rng: np.random.Generator, split: Split) -> 
         size = int(rng.choice(SIZES))
         return Pair(prompt, Picture(right, size), Picture(right, size, 2), kind)
     if kind == "near_miss":
-        other = near_miss(prompt, rng, 1, split=split)[0]
-        return Pair(prompt, random_picture(right, rng), random_picture(other, rng), kind)
+        other, (fault,) = near_miss(prompt, rng, 1, split=split)
+        return Pair(prompt, random_picture(right, rng), random_picture(other, rng), kind, fault)
     if kind == "unrelated":
         other = random_scene(rng, int(rng.integers(1, 5)), split)
         while exact_score(prompt, truth(other)):

@@ -243,7 +243,23 @@ def near_miss(
 
     Faults that would undo each other aren't combined. Raises ValueError where nothing of the kind can be made.
     """
-    for _ in range(_ATTEMPTS):
+    found = find_near_miss(prompt, rng, faults, kinds=kinds, split=split)
+    if found is None:
+        raise ValueError(f"no admissible near miss of {prompt.text!r} with faults {kinds}")
+    return found
+
+
+def find_near_miss(
+    prompt: Prompt,
+    rng: np.random.Generator,
+    faults: int,
+    *,
+    kinds: tuple[str, ...],
+    split: Split,
+    attempts: int = _ATTEMPTS,
+) -> tuple[Scene, tuple[str, ...]] | None:
+    """Like :func:`near_miss`, with None where ``attempts`` found nothing."""
+    for _ in range(attempts):
         scene = _build(prompt, rng)
         objects: Objects = list(scene.objects)
         names: list[str] = []
@@ -260,7 +276,7 @@ def near_miss(
         broken = Scene(tuple(objects), scene.background)
         if len(names) == faults and split.admits(broken) and not exact_score(prompt, truth(broken)):
             return broken, tuple(names)
-    raise ValueError(f"no admissible near miss of {prompt.text!r} with faults {kinds}")
+    return None
 
 
 def truth(scene: Scene) -> tuple[Found, ...]:

@@ -4,11 +4,13 @@ Stage 1, contrastive: rendered scenes against captions, where the truth decides 
 positive, so that a caption may have several right pictures in a batch (soft targets in CLIP's loss, Radford et al.
 2021, figure 3). Stage 2: the Bradley-Terry loss on the head's scores over all pairs of pictures of a prompt. In
 both, linear probes of the picture's features and patches predict what is in the 3x3 cells; they teach the vision
-tower what a shape is within minutes on one CPU core, and are thrown away. Stage 3: Bradley-Terry over the pictures of a
-prompt and over the prompts of a picture, with sibling prompts (other relation, swapped colours, another count ...) in
-each batch: preferences among a prompt's pictures alone leave each prompt a free offset.
+tower what a shape is within minutes on one CPU core, and are thrown away. That far the model knows what is there, but
+hardly how it is arranged (swapped colours, relations). Stage 3 therefore freezes the vision tower, encodes a pool of
+pictures once, and trains the text tower and the final head for many cheap steps: Bradley-Terry over the pictures of a
+prompt and over the prompts of a picture, with sibling prompts (other relation, swapped colours, another count ...) and
+pictures whose only fault is their arrangement, and a linear probe of the prompt's feature for what the prompt says.
 
-Stage 3 starts from what stage 2 would store (rounded to float16), with a random stream of its own.
+Stage 3 starts from what stage 2 would store (rounded to float16), with random streams of its own.
 
 Everything random comes from the seed, and the number of steps is fixed: the same machine and versions give the same
 weights.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,10 +34,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.fitting.losses import all_pairs_bradley_terry_loss
-from models.shapes.clip_losses import cell_labels, contrastive_loss, preference_labels, probe_loss, prompt_labels
-from models.shapes.clip_model import WEIGHTS, pack
+from models.shapes.clip_losses import (
+    SLOTS,
+    cell_labels,
+    contrastive_loss,
+    preference_labels,
+    probe_loss,
+    prompt_labels,
+    slot_labels,
+    slot_loss,
+)
+from models.shapes.clip_model import EMBED_DIM, WEIGHTS, PreferenceHead, pack
 from models.shapes.evaluation import accuracy_report
 from models.shapes.preferences import Batch, training_batch
+from models.shapes.prompts import Prompt
 from models.shapes.trainee import Trainee, rounded, score_pictures, to_pixels, to_tokens
 
 
@@ -46,23 +58,26 @@ class TrainConfig:
     seed: int = 20
     contrastive_steps: int = 800
     preference_steps: int = 1900
-    alignment_steps: int = 500
+    arrangement_steps: int = 2500
+    pool: int = 1200
+    units: int = 8
     prompts: int = 12
     per_prompt: int = 6
     muon_learning_rate: float = 0.006
     learning_rate: float = 0.001
-    alignment_rate_factor: float = 0.4
     weight_decay: float = 0.02
     unknown_token_rate: float = 0.01
     evaluation_seed: int = 1_000_003
     evaluation_pairs: int = 4000
 
 
-def _optimizers(model: Trainee, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformers, AdamW for everything else."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inner = "resblocks" in name and parameter.ndim == 2
         (matrices if inner else others).append(parameter)
     return [
@@ -89,15 +104,24 @@ class _Log:
         return "  ".join(f"{name} {value:.3f}" for name, value in self.values.items())
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """Four prompts (two pairs of siblings) with N pictures' features [N, D], and the labels in both directions."""
+
+    prompts: list[Prompt]
+    features_ND: Tensor
+    between_pictures: tuple[Tensor, Tensor]
+    between_prompts: tuple[Tensor, Tensor]
+
+
 Show = Callable[[int, int, str], None]
 
 
 def train(config: TrainConfig, show: Show) -> Trainee:
-    """All three stages; ``show(step, total, text)`` reports progress after every step."""
+    """All stages; ``show(step, total, text)`` reports progress after every step."""
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(True)
-    model = Trainee()
-    return align(rounded(learn(model, config, show)), config, show)
+    return arrange(rounded(learn(Trainee(), config, show)), config, show)
 
 
 def learn(model: Trainee, config: TrainConfig, show: Show) -> Trainee:
@@ -110,51 +134,77 @@ def learn(model: Trainee, config: TrainConfig, show: Show) -> Trainee:
         return _first_loss(model, batch, rng, config, log, contrastive=step < config.contrastive_steps)
 
     steps = config.contrastive_steps + config.preference_steps
-    return _optimize(model, loss, config, steps, lambda step: show(step, _total(config), str(log)))
+    _optimize(model, loss, config, steps, lambda step: show(step, _total(config), str(log)))
+    return model.eval()
 
 
-def align(model: Trainee, config: TrainConfig, show: Show) -> Trainee:
-    """Stage 3."""
+@torch.no_grad()
+def make_pool(model: Trainee, config: TrainConfig, rng: np.random.Generator, show: Show) -> list[_Unit]:
+    """The data of stage 3: small batches of four prompts, their pictures encoded once by the vision tower."""
+    units = []
+    for i in range(config.pool):
+        batch = training_batch(rng, 4, config.per_prompt, siblings=True)
+        features, _ = model.encode_image(to_pixels(batch.images))
+        units.append(_Unit(batch.prompts, features, preference_labels(batch), prompt_labels(batch)))
+        show(config.contrastive_steps + config.preference_steps, _total(config), f"pool {i + 1}/{config.pool}")
+    return units
+
+
+def arrange(model: Trainee, config: TrainConfig, show: Show) -> Trainee:
+    """Stage 3: the final head and the text tower, with the vision tower as it is."""
+    torch.manual_seed(config.seed + 1)
     rng = np.random.default_rng((config.seed, 3))
     log = _Log()
+    # Attention takes another path in evaluation mode, whose last digits differ.
+    pool = make_pool(model.eval(), config, rng, show)
+    model.clip.visual.requires_grad_(False)
+    model.head = PreferenceHead()
+    probe = nn.Linear(EMBED_DIM, sum(SLOTS))
 
     def loss(step: int) -> Tensor:
-        batch = training_batch(rng, config.prompts, config.per_prompt, siblings=True)
-        features, _, text = _features(model, batch, rng, config)
-        scores = _all_scores(model, features, text)
-        (pictures, picture_weight), (prompts, prompt_weight) = preference_labels(batch), prompt_labels(batch)
-        by_prompt = all_pairs_bradley_terry_loss(scores, pictures, picture_weight)
-        by_picture = all_pairs_bradley_terry_loss(scores.T, prompts, prompt_weight)
-        log.add("bradley_terry", by_prompt.item())
-        log.add("pairs_right", _share_right(scores, pictures, picture_weight))
+        chosen = [pool[i] for i in rng.choice(len(pool), config.units, replace=False)]
+        prompts = [prompt for unit in chosen for prompt in unit.prompts]
+        text = model.encode_text(to_tokens(prompts, rng, config.unknown_token_rate))
+        slots = slot_loss(probe(F.normalize(text, dim=-1) * EMBED_DIM**0.5), slot_labels(prompts))
+        parts = torch.split(text, 4)
+        scores = [_all_scores(model, unit.features_ND, part) for unit, part in zip(chosen, parts, strict=True)]
+        by_prompt = all_pairs_bradley_terry_loss(
+            torch.cat(scores), *_joined([unit.between_pictures for unit in chosen])
+        )
+        by_picture = all_pairs_bradley_terry_loss(
+            torch.cat([each.T for each in scores]), *_joined([unit.between_prompts for unit in chosen])
+        )
+        log.add("between_pictures", by_prompt.item())
         log.add("between_prompts", by_picture.item())
-        log.add("prompts_right", _share_right(scores.T, prompts, prompt_weight))
-        return by_prompt + by_picture
+        log.add("slots", slots.item())
+        return by_prompt + by_picture + 0.1 * slots
 
     before = config.contrastive_steps + config.preference_steps
+    trained = nn.ModuleList([model, probe])
+    _optimize(trained, loss, config, config.arrangement_steps, lambda s: show(before + s, _total(config), str(log)))
+    return model.eval()
 
-    def report(step: int) -> None:
-        show(before + step, _total(config), str(log))
 
-    return _optimize(model, loss, config, config.alignment_steps, report, factor=config.alignment_rate_factor)
+def _joined(labels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([preference for preference, _ in labels]), torch.cat([weight for _, weight in labels])
 
 
 def _total(config: TrainConfig) -> int:
-    return config.contrastive_steps + config.preference_steps + config.alignment_steps
+    return config.contrastive_steps + config.preference_steps + config.arrangement_steps
 
 
 def _optimize(
-    model: Trainee,
+    model: nn.Module,
     loss_of: Callable[[int], Tensor],
     config: TrainConfig,
     steps: int,
     report: Callable[[int], None],
-    factor: float = 1.0,
-) -> Trainee:
-    """``steps`` steps of fresh optimizers; ``factor`` scales the learning rates."""
+) -> None:
+    """``steps`` steps of fresh optimizers on the parameters that aren't frozen."""
     model.train()
+    model.zero_grad(set_to_none=True)  # what froze since would still count in the clipped norm
     optimizers = _optimizers(model, config)
-    base = [factor * optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    base = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     for step in range(steps):
         for optimizer, rate in zip(optimizers, base, strict=True):
             optimizer.param_groups[0]["lr"] = rate * _schedule(step, steps, min(100, 1 + steps // 10))
@@ -165,10 +215,7 @@ def _optimize(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        with torch.no_grad():
-            model.clip.logit_scale.clamp_(0.0, np.log(100.0))
         report(step + 1)
-    return model.eval()
 
 
 def _features(
@@ -194,7 +241,8 @@ def _first_loss(
     probes = probe_loss(model, features, patches, cell_labels(batch.pictures))
     log.add("probes", probes.item())
     if contrastive:
-        logits = model.clip.logit_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(features, dim=-1).T
+        scale = model.clip.logit_scale.clamp(max=np.log(100.0)).exp()
+        logits = scale * F.normalize(text, dim=-1) @ F.normalize(features, dim=-1).T
         loss = contrastive_loss(logits, torch.from_numpy(batch.content_GN >= 2.0).float())
         log.add("contrastive", loss.item())
         return loss + 0.5 * probes
@@ -219,7 +267,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="the weights depend on it in the last digits")
     parser.add_argument("--contrastive-steps", type=int, default=TrainConfig.contrastive_steps)
     parser.add_argument("--preference-steps", type=int, default=TrainConfig.preference_steps)
-    parser.add_argument("--alignment-steps", type=int, default=TrainConfig.alignment_steps)
+    parser.add_argument("--arrangement-steps", type=int, default=TrainConfig.arrangement_steps)
+    parser.add_argument("--pool", type=int, default=TrainConfig.pool, help="small batches that stage 3 learns from")
     parser.add_argument("--evaluation-pairs", type=int, default=TrainConfig.evaluation_pairs)
     arguments = vars(parser.parse_args())
     output: Path = arguments.pop("output")

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from open_clip.model import CLIP
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from models.backbones.clip import tokenize
 from models.preprocessing import clip_preprocess, normalize
-from models.shapes.clip_model import IMAGE_SIZE, PreferenceHead, clip_config, compact_index, pack, unpack
+from models.shapes.clip_model import EMBED_DIM, IMAGE_SIZE, clip_config, compact_index, pack, unpack
 from models.shapes.prompts import Prompt
 from models.shapes.world import COLORS, GRID, SHAPES
 
@@ -39,15 +40,39 @@ def to_tokens(prompts: Sequence[Prompt], rng: np.random.Generator | None = None,
     return tokens
 
 
+class PlainHead(nn.Module):
+    """The head of stage 2: features, their plain product and their cosine, through an MLP.
+
+    It trains the towers, and is then replaced: it learns which things are there, but hardly how they are arranged.
+    """
+
+    def __init__(self, dim: int = EMBED_DIM, hidden: int = 256) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(3 * dim + 1, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, image_features_BD: Tensor, text_features_BD: Tensor) -> Tensor:
+        """Features [..., D] of one shape -> scores [...]."""
+        image = F.normalize(image_features_BD, dim=-1)
+        text = F.normalize(text_features_BD, dim=-1)
+        scale = image.shape[-1] ** 0.5
+        cosine = (image * text).sum(-1, keepdim=True)
+        joined = torch.cat([image * scale, text * scale, image * text * scale * scale, cosine * scale], dim=-1)
+        return self.layers(joined).squeeze(-1)  # type: ignore[no-any-return]
+
+
 class Trainee(nn.Module):
-    """CLIP with the compact vocabulary, the head, and the probes that exist during training only."""
+    """CLIP with the compact vocabulary, a head, and the probes that exist during training only."""
+
+    head: nn.Module
 
     def __init__(self) -> None:
         super().__init__()
         self.clip = CLIP(**clip_config(compact=True))
         self.clip.visual.output_tokens = True
         width = 128
-        self.head = PreferenceHead()
+        self.head = PlainHead()
         self.cell_probe = nn.Linear(self.clip.text_projection.shape[1], GRID * GRID * (len(SHAPES) + len(COLORS) + 2))
         self.patch_probe = nn.Linear(width, len(SHAPES) + len(COLORS) + 2)
 

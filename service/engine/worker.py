@@ -102,7 +102,7 @@ class Worker:
         self.model = load_model(self.name, self.options.load)
         if isinstance(self.model, TowerReward):
             self._towers = TowerRunner(
-                self.model, self._bucket, *self._caches, text_micro_batch=max(1, self.options.micro_batch // 2)
+                self.model, self._bucket, *self._caches, text_micro_batch=self.options.micro_batch
             )
             self._towers.warm_up(self.prepare(self.model.canary(), "score"))
         self._gradient = self._load_gradient()

@@ -18,9 +18,9 @@ from models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from models.shapes.clip_model import WEIGHTS as PATH
 from models.shapes.clip_model import PreferenceHead, clip_config, unpack
 from models.shapes.evaluation import accuracy_report, judge_pairs
-from models.shapes.preferences import held_out_pairs
-from models.shapes.prompts import Prompt, parse
-from models.shapes.scenes import random_scene, right_scene
+from models.shapes.preferences import TRAINING_SPLIT, Pair, Picture, admitted_prompt, held_out_pairs
+from models.shapes.prompts import Prompt, Task, parse
+from models.shapes.scenes import near_miss, random_scene, right_scene
 from models.shapes.world import Scene, SceneObject, render
 from models.shapes_clip import PARAMETERS, ShapesClip
 from models.weights import load_safetensors
@@ -79,6 +79,21 @@ def test_the_reported_accuracy_is_reproduced_by_the_shipped_weights(model: Shape
     assert low < np.mean(outcomes) <= 1.0
     assert reported["held_out"]["accuracy"] >= 0.90
     assert reported["held_out"]["n"] >= 2000
+
+
+@pytest.mark.parametrize(
+    ("fault", "task", "least"), [("wrong_relation", "position", 0.70), ("swapped_attributes", "color_attr", 0.61)]
+)
+def test_arrangement_is_seen_better_than_by_chance(model: ShapesClip, fault: str, task: Task, least: float) -> None:
+    """Its weakest side: shapes, colours and counts are right, only their arrangement isn't (0.77 and 0.69 of 800)."""
+    rng = np.random.default_rng(31)
+    prompts = [admitted_prompt(rng, TRAINING_SPLIT, task) for _ in range(300)]
+    pairs = [
+        Pair(p, Picture(right_scene(p, rng)), Picture(near_miss(p, rng, 1, kinds=(fault,))[0]), "near_miss", fault)
+        for p in prompts
+    ]
+    outcomes, _ = judge_pairs(scorer(model), pairs, seed=2)
+    assert np.mean(outcomes) >= least
 
 
 def test_a_right_picture_beats_pictures_that_ignore_the_prompt(model: ShapesClip) -> None:

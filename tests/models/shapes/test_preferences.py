@@ -13,6 +13,7 @@ from models.shapes.preferences import (
     TRAINING_SPLIT,
     Picture,
     admitted_prompt,
+    arranged_group,
     content,
     draw,
     held_out_pairs,
@@ -81,6 +82,22 @@ def test_content_agrees_with_the_oracle_on_the_rendered_pictures() -> None:
     assert compared > 10
     own = [batch.content_GN[g, 6 * g : 6 * g + 6] for g in range(6)]
     assert all(row[0] == row[1] == 2.0 and (row[2:] < 2.0).all() for row in own)
+
+
+def test_arranged_groups_hold_pictures_whose_only_fault_is_their_arrangement() -> None:
+    rng = np.random.default_rng(12)
+    arranged, others = 0, 0
+    for _ in range(60):
+        prompt = admitted_prompt(rng, TRAINING_SPLIT, "position" if rng.random() < 0.5 else "color_attr")
+        for picture in arranged_group(prompt, rng, 6, TRAINING_SPLIT)[2:]:
+            assert TRAINING_SPLIT.admits(picture.scene)
+            objects = picture.scene.objects
+            same = sorted(entry.shape for entry in objects) == sorted(include.shape for include in prompt.include)
+            named = sorted(i.color for i in prompt.include if i.color)
+            same = same and (not named or named == sorted(entry.color for entry in objects))
+            arranged, others = arranged + same, others + (not same)
+    assert arranged > 45
+    assert others > 45
 
 
 @given(st.integers(0, 2**32), st.sampled_from(TASKS))

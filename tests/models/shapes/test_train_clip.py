@@ -1,6 +1,7 @@
 """Training: labels and losses as defined, and the same seed gives the same weights."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,21 +9,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip import SimpleTokenizer
 from open_clip.model import CLIP
 
 from models.backbones.clip import tokenize
 from models.base import LoadOptions, Output, WeightsError
-from models.shapes.clip_losses import cell_labels, contrastive_loss, preference_labels, prompt_labels
-from models.shapes.clip_model import clip_config, compact_index, known_tokens, pack, unpack
+from models.shapes.clip_losses import (
+    SLOTS,
+    cell_labels,
+    contrastive_loss,
+    preference_labels,
+    prompt_labels,
+    slot_labels,
+    slot_loss,
+)
+from models.shapes.clip_model import PreferenceHead, clip_config, compact_index, known_tokens, pack, unpack
 from models.shapes.preferences import training_batch
-from models.shapes.prompts import TASKS
+from models.shapes.prompts import TASKS, parse
 from models.shapes.scenes import random_prompt
-from models.shapes.train_clip import TrainConfig, align, learn, main, train
+from models.shapes.train_clip import TrainConfig, arrange, learn, main, train
 from models.shapes.trainee import Trainee, rounded, to_pixels, to_tokens
 from models.shapes_clip import ShapesClip
 
-SMALL = replace(TrainConfig(), contrastive_steps=2, preference_steps=2, alignment_steps=2, prompts=3, per_prompt=4)
+SMALL = replace(
+    TrainConfig(), contrastive_steps=2, preference_steps=2, arrangement_steps=2, prompts=3, per_prompt=4, pool=8
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,28 +49,44 @@ def _one_thread() -> Iterator[None]:
 def test_the_same_seed_gives_the_same_weights_and_the_stages_train_every_part() -> None:
     steps: list[tuple[int, int]] = []
     trained = [train(SMALL, lambda step, total, text: steps.append((step, total))) for _ in range(2)]
-    assert steps == [(step, 6) for step in (1, 2, 3, 4, 5, 6)] * 2
+    assert steps == [(step, 6) for step in (1, 2, 3, 4, *[4] * SMALL.pool, 5, 6)] * 2
     first, second = (pack(model.clip, model.head) for model in trained)
     assert all(torch.equal(first[name], second[name]) for name in first)
     torch.manual_seed(SMALL.seed)
     untrained = dict(Trainee().named_parameters())
-    still = [name for name, value in trained[0].named_parameters() if torch.equal(value, untrained[name])]
-    assert still == []
+    towers = [(name, value) for name, value in trained[0].named_parameters() if not name.startswith("head.")]
+    assert [name for name, value in towers if torch.equal(value, untrained[name])] == []
+    torch.manual_seed(SMALL.seed + 1)
+    head = PreferenceHead().state_dict()
+    assert [name for name, value in trained[0].head.named_parameters() if torch.equal(value, head[name])] == []
 
 
-def test_alignment_starts_from_what_would_be_stored_so_it_can_be_repeated_alone() -> None:
+def test_the_last_stage_starts_from_what_would_be_stored_so_it_can_be_repeated_alone() -> None:
     torch.manual_seed(SMALL.seed)
     torch.use_deterministic_algorithms(True)
-    stored = pack(*(lambda model: (model.clip, model.head))(learn(Trainee(), SMALL, lambda *_: None)))
+    first_stages = learn(Trainee(), SMALL, lambda *_: None)
+    stored = pack(first_stages.clip, first_stages.head)
     torch.manual_seed(99)
     fresh = Trainee()
-    clip, head = unpack(stored, compact=True)
-    fresh.clip.load_state_dict(clip)
-    fresh.head.load_state_dict(head)
-    alone = align(fresh, SMALL, lambda *_: None)
+    fresh.clip.load_state_dict(unpack(stored, compact=True)[0])
+    alone = arrange(fresh, SMALL, lambda *_: None)
     whole = train(SMALL, lambda *_: None)
     first, second = (pack(model.clip, model.head) for model in (alone, rounded(whole)))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_slot_labels_say_what_the_prompt_says() -> None:
+    prompts = [parse(text) for text in ("three red stars", "a circle left of a blue square", "a cross")]
+    labels = slot_labels([prompt for prompt in prompts if prompt is not None])
+    assert labels.tolist() == [
+        [5, 1, 3, 0, 0, 0, 0],
+        [2, 6, 1, 1, 0, 1, 1],
+        [4, 0, 1, 0, 0, 0, 0],
+    ]
+    assert (labels < torch.tensor(SLOTS)).all()
+    sharp = torch.cat([50 * F.one_hot(labels[:, k], classes) for k, classes in enumerate(SLOTS)], 1).float()
+    assert slot_loss(sharp, labels) < 1e-6
+    assert slot_loss(torch.zeros_like(sharp), labels).item() == pytest.approx(sum(math.log(c) for c in SLOTS), rel=1e-5)
 
 
 def test_prompt_labels_follow_content() -> None:
@@ -169,9 +197,9 @@ def test_the_command_writes_weights_that_load_and_their_measured_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "small.safetensors"
-    stages = [f"--{stage}-steps=1" for stage in ("contrastive", "preference", "alignment")]
+    stages = [f"--{stage}-steps=1" for stage in ("contrastive", "preference", "arrangement")]
     monkeypatch.setattr(
-        "sys.argv", ["train_clip", "--output", str(output), *stages, "--evaluation-pairs=24", "--seed=3"]
+        "sys.argv", ["train_clip", "--output", str(output), *stages, "--pool=8", "--evaluation-pairs=24", "--seed=3"]
     )
     main()
     report = json.loads(output.with_suffix(".json").read_text())
