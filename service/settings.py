@@ -115,7 +115,9 @@ class Settings(BaseSettings):
     dtype: Dtype = "auto"
     invariance: Invariance = "exact"
     compile: Compile = "auto"
-    micro_batch: int | None = Field(None, ge=1, le=4096, description="rows of one forward; null: 8 on CPU, 32 on GPU")
+    micro_batch: int | None = Field(
+        None, ge=1, le=4096, description="rows of one forward; null: 32, or 8 on a CPU without strict reductions"
+    )
     threads: int | None = Field(None, ge=1, description="torch threads on CPU; null: all cores")
     decode_threads: int | None = Field(None, ge=1, description="null: cores, at most 8")
     cache_dir: Path | None = Field(None, description="compile cache; null: torch's own default")

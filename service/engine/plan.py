@@ -7,6 +7,7 @@ import torch
 from models.base import LoadOptions, TowerReward
 from models.registry import get_model
 from service.engine.worker import WorkerOptions
+from service.runtime import reduction_order
 from service.settings import ModelSettings, Settings
 
 
@@ -35,7 +36,8 @@ def worker_options(name: str, model: ModelSettings, settings: Settings, device: 
     if compile == "auto":
         compile = "on" if device.type == "cuda" else "off"
     model_class = get_model(name)
-    default = 32 if device.type == "cuda" else 8
+    # On a CPU a large batch is worth its padding only where small ones give the same bits and need none.
+    default = 32 if device.type == "cuda" or reduction_order().endswith("STRICT") else 8
     if not issubclass(model_class, TowerReward):
         default = min(default, model_class.max_batch or default)
     return WorkerOptions(
