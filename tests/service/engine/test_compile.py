@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.engine import compile as compile_module
-from service.engine.compile import BucketedFunction, powers_of_two, use_compile_cache
+from service.engine.compile import BucketedFunction, powers_of_two, split, use_compile_cache
 
 CPU = torch.device("cpu")
 OOM = torch.OutOfMemoryError
@@ -67,14 +67,14 @@ def test_without_warm_up_there_is_one_shape() -> None:
     assert doubler.sizes == [8, 8]
 
 
-def test_fast_mode_uses_the_smallest_power_of_two_that_holds_the_rows() -> None:
+def test_fast_mode_pads_to_powers_of_two_or_splits_where_that_wastes_more_than_a_quarter() -> None:
     doubler = Doubler(rounding=lambda size: size / 1024)  # sizes that differ in their bits are used all the same
     function = bucketed(doubler, invariance="fast")
     function.warm_up(rows(8))
     doubler.sizes.clear()
     for count in (1, 2, 3, 5, 8, 9):
         function(rows(count))
-    assert doubler.sizes == [1, 2, 4, 8, 8, 8, 1]
+    assert doubler.sizes == [1, 2, 4, 4, 1, 8, 8, 1]  # five rows: three of eight would be padding
 
 
 def test_exact_mode_uses_smaller_shapes_only_where_they_give_the_same_bits() -> None:
@@ -84,7 +84,7 @@ def test_exact_mode_uses_smaller_shapes_only_where_they_give_the_same_bits() -> 
     doubler.sizes.clear()
     for count in (1, 2, 3, 8):
         function(rows(count))
-    assert doubler.sizes == [2, 2, 8, 8]
+    assert doubler.sizes == [2, 2, 2, 2, 8]  # three rows: two, and one that is padded to two
 
 
 def test_usable_sizes_are_found_for_each_shape_of_row_by_itself() -> None:
@@ -275,3 +275,16 @@ def test_the_compile_cache_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch
     use_compile_cache(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"  # what the user set wins
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+
+
+@given(
+    st.integers(0, 200), st.sets(st.sampled_from([1, 2, 4, 8, 16, 32]), min_size=1), st.sampled_from([0.0, 0.25, 1.0])
+)
+def test_split_holds_all_rows_and_pads_the_last_batch_only(count: int, usable: set[int], waste: float) -> None:
+    sizes = sorted(usable)
+    batches = split(count, sizes, waste)
+    assert set(batches) <= usable
+    padding = sum(batches) - count
+    assert 0 <= padding < (batches[-1] if batches else 1)
+    if batches and padding > waste * batches[-1]:
+        assert batches[-1] == sizes[0]  # there was no smaller size to use instead
