@@ -7,6 +7,7 @@ image alone; how many bytes come out depends a little on the build of libjpeg.
 from __future__ import annotations
 
 import io
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -51,8 +52,9 @@ class _JpegReward(RewardModel):
         return [Output(self.score(kilobytes), {"kilobytes": kilobytes}) for kilobytes in batch]
 
     @staticmethod
+    @abstractmethod
     def score(kilobytes: float) -> float:
-        raise NotImplementedError
+        """The reward of a file of this size."""
 
 
 @register("jpeg-incompressibility")

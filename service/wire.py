@@ -259,6 +259,6 @@ def _model_and_weight(text: str) -> tuple[str, str | float]:
     return (name, weight) if equals else (name, 1.0)
 
 
-def json_response(content: BaseModel, *, exclude_none: set[str] | None = None) -> Response:
+def json_response(content: BaseModel) -> Response:
     """A JSON answer; NaN cannot occur in it."""
-    return Response(content.model_dump_json(exclude=exclude_none), media_type=JSON)
+    return Response(content.model_dump_json(), media_type=JSON)
