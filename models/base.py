@@ -18,6 +18,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +26,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 Kind = Literal["pointwise", "pairwise"]
+CheckpointSize = Literal["tiny", "full"]
 Input = Literal["prompt", "image", "video", "text", "context", "metadata"]
 
 
@@ -148,8 +150,29 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class WeightSource:
+    """One published file or folder that a model needs, and where it comes from unless the settings say otherwise.
+
+    ``source`` is ``hf:OWNER/NAME[@REVISION][/FILE]``, ``https://...`` or a local path. The settings override the role
+    ``weights`` by ``models.NAME.weights`` and any other role by ``models.NAME.options.ROLE``. ``files`` are the glob
+    patterns that matter of a source without FILE (a whole repository). ``bytes`` is the published size as far as it is
+    known, 0 otherwise.
+    """
+
+    source: str
+    bytes: int = 0
+    role: str = "weights"
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RewardInfo:
-    """What ``GET /models`` tells about a reward model. ``range`` is the usual one, not a bound, unless stated."""
+    """What ``GET /models`` tells about a reward model. ``range`` is the usual one, not a bound, unless stated.
+
+    ``weights`` says in a word where the weights come from; ``sources`` are the files to fetch, none for models whose
+    weights ship with a package. ``verified`` is false where something could not be checked against a published
+    checkpoint; the description then says what.
+    """
 
     name: str
     description: str
@@ -165,16 +188,28 @@ class RewardInfo:
     verified: bool = True
     hidden: bool = False
     outputs: tuple[str, ...] = ()
+    sources: tuple[WeightSource, ...] = ()
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Where and how a model is loaded. ``weights`` overrides the model's own source; ``options`` are the model's."""
+    """Where and how a model is loaded. ``weights`` overrides the model's own source; ``options`` are the model's.
+
+    ``weights_dir`` is where fetched files lie (None: the hub library's own cache).
+    """
 
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     weights: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    weights_dir: Path | None = None
+
+    def source(self, default: WeightSource) -> str:
+        """The source of ``default.role``: the settings' own, or the default one."""
+        given = self.weights if default.role == "weights" else self.options.get(default.role)
+        if given is not None and not isinstance(given, str):
+            raise ValueError(f"the option {default.role} names a source of weights, not {given!r}")
+        return given or default.source
 
 
 @runtime_checkable
@@ -222,6 +257,15 @@ class RewardModel(ABC):
     def load(cls, options: LoadOptions) -> RewardModel:
         """Build the model on ``options.device``; raises :class:`WeightsError` when its weights cannot be had."""
 
+    @classmethod
+    def random_checkpoint(cls, folder: Path, size: CheckpointSize = "tiny") -> LoadOptions:
+        """Write files of the published structure into ``folder``, filled at random; the options load them.
+
+        ``tiny`` is of reduced depth and width, for tests; ``full`` of the true size, for measurements on a machine that
+        has no published weights. A model whose weights ship with a package needs none of it.
+        """
+        return LoadOptions()
+
     @abstractmethod
     def prepare(self, sample: Sample) -> Any: ...
 
@@ -239,7 +283,7 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class TowerInput:
-    """A prepared sample of a :class:`TowerReward`, on the CPU: uint8 or float pixels [3, S, S], int64 tokens [L]."""
+    """A prepared sample of a :class:`TowerReward`, on the CPU: uint8 or float pixels [3, H, W], int64 tokens [L]."""
 
     pixels: Tensor
     tokens: Tensor
@@ -261,17 +305,25 @@ class TowerReward(RewardModel):
 
     ``image_key`` and ``text_key`` name (tower weights, preprocessing): models whose keys are equal share features.
     Token lengths come in ``text_lengths`` buckets: a prompt always lands in the same one, whatever its neighbours.
-    The engine calls the towers and the head with batch shapes of its choosing; ``run`` is the plain path.
+    Prepared images may have several shapes too; only equal shapes meet in one batch. The engine calls the towers and
+    the head with batch shapes of its choosing; ``run`` is the plain path.
+
+    Where the head is a network of its own that reads both features (``joint``: cross attention, a language model) the
+    engine batches and compiles it like a tower. Features may have any shape [B, ...]; those of one kind of tokens may
+    be the tokens themselves.
     """
 
     uses_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = False
+    cpu_batch: ClassVar[int | None] = None
+    """Largest default batch on a CPU; for large towers, whose batches there take long and gain nothing."""
     image_key: str
     text_key: str
     device: torch.device
 
     @abstractmethod
     def prepare_image(self, image: PILImage.Image) -> Tensor:
-        """The exact published preprocessing up to what may run on the device: uint8 or float [3, S, S], CPU."""
+        """The exact published preprocessing up to what may run on the device: uint8 or float [3, H, W], CPU."""
 
     @abstractmethod
     def prepare_text(self, prompt: str) -> tuple[Tensor, tuple[str, ...]]:
@@ -283,11 +335,11 @@ class TowerReward(RewardModel):
 
     @abstractmethod
     def encode_image(self, pixels_B3SS: Tensor) -> Tensor:
-        """Tower input -> image features [B, D]."""
+        """Tower input -> image features [B, ...]."""
 
     @abstractmethod
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        """Token ids -> text features [B, D]."""
+        """Token ids -> text features [B, ...]."""
 
     @abstractmethod
     def head(self, image_features_BD: Tensor, text_features_BD: Tensor) -> HeadOutput:
@@ -304,10 +356,23 @@ class TowerReward(RewardModel):
 
     @torch.inference_mode()
     def run(self, batch: Sequence[TowerInput]) -> list[Output | SampleError]:
-        pixels = torch.stack([entry.pixels for entry in batch]).to(self.device)
-        image_features = self.encode_image(self.normalize(pixels))
-        text_features = torch.cat([self.encode_text(entry.tokens[None].to(self.device)) for entry in batch])
-        return unpack(self.head(image_features, text_features), [entry.warnings for entry in batch])
+        results: list[Output | SampleError | None] = [None] * len(batch)
+        for places in by_shape(batch):
+            entries = [batch[place] for place in places]
+            pixels = torch.stack([entry.pixels for entry in entries]).to(self.device)
+            tokens = torch.stack([entry.tokens for entry in entries]).to(self.device)
+            head = self.head(self.encode_image(self.normalize(pixels)), self.encode_text(tokens))
+            for place, output in zip(places, unpack(head, [entry.warnings for entry in entries]), strict=True):
+                results[place] = output
+        return [result for result in results if result is not None]
+
+
+def by_shape(batch: Sequence[TowerInput]) -> list[list[int]]:
+    """Places of the samples whose pixels and tokens have equal shapes, in order of first appearance."""
+    places: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for place, entry in enumerate(batch):
+        places.setdefault((entry.pixels.shape, entry.tokens.shape), []).append(place)
+    return list(places.values())
 
 
 def unpack(head: HeadOutput, warnings: Sequence[tuple[str, ...]]) -> list[Output | SampleError]:

@@ -38,11 +38,12 @@ def worker_options(name: str, model: ModelSettings, settings: Settings, device: 
     model_class = get_model(name)
     # On a CPU a large batch is worth its padding only where small ones give the same bits and need none.
     default = 32 if device.type == "cuda" or reduction_order().endswith("STRICT") else 8
-    if not issubclass(model_class, TowerReward):
-        default = min(default, model_class.max_batch or default)
+    default = min(default, model_class.max_batch or default)
+    if issubclass(model_class, TowerReward) and device.type == "cpu":
+        default = min(default, model_class.cpu_batch or default)
     return WorkerOptions(
         name=name,
-        load=LoadOptions(device, resolve_dtype(dtype, device), model.weights, model.options),
+        load=LoadOptions(device, resolve_dtype(dtype, device), model.weights, model.options, settings.weights_dir),
         micro_batch=model.micro_batch or settings.micro_batch or default,
         invariance=settings.invariance,
         compile=compile,

@@ -276,8 +276,7 @@ class Worker:
             return None
         model: RewardModel = self.model
         if model.dtype != torch.float32:
-            load = self.options.load
-            model = load_model(self.name, LoadOptions(load.device, torch.float32, load.weights, load.options))
+            model = load_model(self.name, replace(self.options.load, dtype=torch.float32))
         if not isinstance(model, TowerReward):
             raise TypeError(f"{self.name} calls itself differentiable and has no towers")
         return TowerGradient(model, self.options.micro_batch)
