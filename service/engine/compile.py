@@ -23,8 +23,20 @@ from service.engine.staging import Stager
 
 log = logging.getLogger(__name__)
 
-RowFunction = Callable[[Tensor], Tensor]
-"""Rows [B, ...] on the device -> features [B, D]."""
+Row = Tensor | tuple[Tensor, ...]
+"""One row of every input of a function."""
+
+RowFunction = Callable[..., Tensor]
+"""Its inputs [B, ...] on the device -> features [B, ...]."""
+
+
+def parts_of(row: Row) -> tuple[Tensor, ...]:
+    return row if isinstance(row, tuple) else (row,)
+
+
+def shapes_of(row: Row) -> tuple[torch.Size, ...]:
+    """What rows must have in common to meet in one batch."""
+    return tuple(part.shape for part in parts_of(row))
 
 
 def use_compile_cache(cache_dir: Path | None) -> None:
@@ -93,11 +105,11 @@ class BucketedFunction:
         self._compile = compile
         self._plain = function
         self._function = function
-        self._sizes: dict[tuple[int, ...], list[int]] = {}
+        self._sizes: dict[tuple[torch.Size, ...], list[int]] = {}
         self._stager = Stager(device)
 
-    def __call__(self, rows: Sequence[Tensor]) -> Tensor:
-        """Features [n, D] of n rows of one shape (CPU tensors), on the device."""
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """Features [n, ...] of n rows of equal shapes (from the CPU or from the device), on the device."""
         while True:
             try:
                 return self._run_all(rows)
@@ -106,8 +118,8 @@ class BucketedFunction:
                     raise
                 self._halve()  # and all rows again: those that had run belong to the old shape
 
-    def _run_all(self, rows: Sequence[Tensor]) -> Tensor:
-        usable = self._sizes.get(tuple(rows[0].shape), [self.micro_batch])
+    def _run_all(self, rows: Sequence[Row]) -> Tensor:
+        usable = self._sizes.get(shapes_of(rows[0]), [self.micro_batch])
         # A small batch on an accelerator takes as long as a large one: there padding costs nothing.
         waste = 0.25 if self.device.type == "cpu" else 1.0
         parts: list[Tensor] = []
@@ -117,20 +129,20 @@ class BucketedFunction:
             start += size
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def warm_up(self, rows: Sequence[Tensor]) -> None:
+    def warm_up(self, rows: Sequence[Row]) -> None:
         """Compile and find the usable sizes for the shape of ``rows`` (at least ``micro_batch`` different ones)."""
         while True:
             try:
                 if not self._tried and self._compile != "off":
                     self._try_compiled(rows)
-                self._sizes[tuple(rows[0].shape)] = self._usable_sizes(rows[: self.micro_batch])
+                self._sizes[shapes_of(rows[0])] = self._usable_sizes(rows[: self.micro_batch])
                 return
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
                 self._halve()
 
-    def _usable_sizes(self, rows: Sequence[Tensor]) -> list[int]:
+    def _usable_sizes(self, rows: Sequence[Row]) -> list[int]:
         sizes = powers_of_two(self.micro_batch)
         if self.invariance == "fast":
             for size in sizes:
@@ -149,24 +161,24 @@ class BucketedFunction:
         exact = [] if self.compiled else [size for size in sizes[:-1] if self._equal_bits(rows, size, canonical)]
         log.info(
             "usable batch sizes",
-            extra={"function": self.name, "row": list(rows[0].shape), "sizes": [*exact, self.micro_batch]},
+            extra={"function": self.name, "row": shapes_of(rows[0]), "sizes": [*exact, self.micro_batch]},
         )
         return [*exact, self.micro_batch]
 
-    def _equal_bits(self, rows: Sequence[Tensor], size: int, canonical: Tensor) -> bool:
+    def _equal_bits(self, rows: Sequence[Row], size: int, canonical: Tensor) -> bool:
         """Whether ``size`` rows give the bits of the canonical batch, at both of its ends."""
         first, last = self._run(rows[:size], size), self._run(rows[-size:], size)
         return torch.equal(first, canonical[:size]) and torch.equal(last, canonical[-size:])
 
-    def _run(self, rows: Sequence[Tensor], size: int) -> Tensor:
-        batch = self._stager.stage(rows, size)
-        features = self._function(batch)
+    def _run(self, rows: Sequence[Row], size: int) -> Tensor:
+        columns = zip(*(parts_of(row) for row in rows), strict=True)
+        features = self._function(*(self._stager.stage(column, size) for column in columns))
         if features.shape[0] != size:
             raise ValueError(f"{self.name} gave {features.shape[0]} rows for a batch of {size}")
         # a replayed CUDA graph overwrites its output: what leaves here must own its memory
         return features[: len(rows)].clone()
 
-    def _try_compiled(self, rows: Sequence[Tensor]) -> None:
+    def _try_compiled(self, rows: Sequence[Row]) -> None:
         from torch._dynamo.exc import BackendCompilerFailed  # seconds to import, for those who compile
 
         allow_many_shapes()
@@ -201,7 +213,7 @@ class BucketedFunction:
             },
         )
 
-    def _seconds(self, rows: Sequence[Tensor], repeats: int = 5) -> float:
+    def _seconds(self, rows: Sequence[Row], repeats: int = 5) -> float:
         """Best time of one canonical batch."""
         best = float("inf")
         for _ in range(repeats):

@@ -27,11 +27,11 @@ class Stager:
         self._turn = 0
 
     def stage(self, rows: Sequence[Tensor], size: int) -> Tensor:
-        """Rows [n, ...] (CPU, one shape and dtype) padded with copies of the last to [size, ...] on the device."""
+        """Rows [n, ...] (one shape and dtype) padded with copies of the last to [size, ...] on the device."""
         if not 0 < len(rows) <= size:
             raise ValueError(f"{len(rows)} rows do not fit a batch of {size}")
         padded = [*rows, *[rows[-1]] * (size - len(rows))]
-        if self._stream is None:
+        if self._stream is None or rows[0].device == self.device:
             return torch.stack(padded).to(self.device)
         return self._stage_pinned(padded, self._stream)
 

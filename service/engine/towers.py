@@ -1,16 +1,16 @@
-"""Runs a :class:`models.base.TowerReward`: each distinct image and prompt once, in fixed shapes, through the caches."""
+"""Scores with a :class:`models.base.TowerReward`: each distinct image and prompt once, in fixed shapes, with caches."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from models.base import HeadOutput, Output, SampleError, TowerInput, TowerReward, unpack
-from service.engine.batcher import GradientResult
-from service.engine.compile import BucketedFunction
+from service.engine.compile import BucketedFunction, Row, shapes_of
 from service.engine.features import FeatureCache
 
 
@@ -20,7 +20,7 @@ class TowerRunner:
     def __init__(
         self,
         model: TowerReward,
-        bucket: Callable[[str, Callable[[Tensor], Tensor], int | None], BucketedFunction],
+        bucket: Callable[[str, Callable[..., Tensor], int | None], BucketedFunction],
         image_cache: FeatureCache,
         text_cache: FeatureCache,
         text_micro_batch: int,
@@ -28,13 +28,14 @@ class TowerRunner:
         self.model = model
         self.images = bucket("image", lambda pixels: model.encode_image(model.normalize(pixels)), None)
         self.texts = bucket("text", model.encode_text, text_micro_batch)
+        self.joint = bucket("head", self._joint_head, None) if model.joint else None
         self.head_rows = power_of_two(self.images.micro_batch)
         self._image_cache, self._text_cache = image_cache, text_cache
 
     @property
     def shape(self) -> str:
         """What of the batch shape a score depends on (part of the fingerprint)."""
-        parts = (self.images, self.texts)
+        parts = [part for part in (self.images, self.texts, self.joint) if part is not None]
         towers = "/".join(f"{part.micro_batch}{'c' if part.compiled else ''}" for part in parts)
         return f"{towers}/{self.head_rows}:{self.images.invariance}"
 
@@ -42,23 +43,32 @@ class TowerRunner:
     def warm_up(self, canary: TowerInput) -> None:
         """Compile, and measure usable shapes: random pixels of the canary's shape, prompts of each token length."""
         generator = torch.Generator().manual_seed(0)
-        rows = []
+        pixels = []
         for _ in range(self.images.micro_batch):
             noise = torch.rand(canary.pixels.shape, generator=generator)
-            rows.append((noise * 255).to(torch.uint8) if canary.pixels.dtype == torch.uint8 else noise)
-        self.images.warm_up(rows)
+            pixels.append((noise * 255).to(torch.uint8) if canary.pixels.dtype == torch.uint8 else noise)
+        self.images.warm_up(pixels)
         for tokens in _prompts_of_every_length(self.model, self.texts.micro_batch):
             self.texts.warm_up(tokens)
+            if self.joint is not None:
+                self.joint.warm_up(list(zip(self.images(pixels), self.texts(tokens), strict=False)))
 
     @torch.inference_mode()
     def score(self, batch: Sequence[TowerInput]) -> list[Output | SampleError]:
-        images = self._features(
+        images = self._encode(
             self._image_cache,
             f"{self.model.image_key}|{self.model.dtype}",
             self.images,
             {entry.image_id: entry.pixels for entry in batch},
         )
-        texts = self._texts(batch)
+        texts = self._encode(
+            self._text_cache,
+            f"{self.model.text_key}|{self.model.dtype}",
+            self.texts,
+            {entry.text_id: entry.tokens for entry in batch},
+        )
+        if self.joint is not None:
+            return self._score_jointly(self.joint, batch, images, texts)
         results: list[Output | SampleError] = []
         for start in range(0, len(batch), self.head_rows):
             chunk = batch[start : start + self.head_rows]
@@ -70,15 +80,37 @@ class TowerRunner:
             results += unpack(head, [entry.warnings for entry in padded])[: len(chunk)]
         return results
 
-    def _texts(self, batch: Sequence[TowerInput]) -> dict[str, Tensor]:
-        by_length: dict[int, dict[str, Tensor]] = {}
-        for entry in batch:
-            by_length.setdefault(len(entry.tokens), {})[entry.text_id] = entry.tokens
+    def _joint_head(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Score and further outputs side by side [B, 1 + outputs], float32."""
+        head = self.model.head(image_features, text_features)
+        columns = [head.score_B, *(head.outputs[name] for name in self.model.info.outputs)]
+        return torch.stack([column.float() for column in columns], dim=1)
+
+    def _score_jointly(
+        self,
+        joint: BucketedFunction,
+        batch: Sequence[TowerInput],
+        images: dict[str, Tensor],
+        texts: dict[str, Tensor],
+    ) -> list[Output | SampleError]:
+        """Each distinct (image, prompt) once through the head, those of equal shapes together."""
+        pairs = {(entry.image_id, entry.text_id): (images[entry.image_id], texts[entry.text_id]) for entry in batch}
+        rows_by_pair = {
+            pair: row
+            for same in _by_shape(pairs)
+            for pair, row in zip(same, joint([pairs[pair] for pair in same]), strict=True)
+        }
+        rows = torch.stack([rows_by_pair[entry.image_id, entry.text_id] for entry in batch])
+        outputs = {name: rows[:, 1 + i] for i, name in enumerate(self.model.info.outputs)}
+        return unpack(HeadOutput(rows[:, 0], outputs), [entry.warnings for entry in batch])
+
+    def _encode(
+        self, cache: FeatureCache, tower: str, encode: BucketedFunction, distinct: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Features by id of prepared images or prompts of any shapes."""
         features: dict[str, Tensor] = {}
-        for distinct in by_length.values():
-            features |= self._features(
-                self._text_cache, f"{self.model.text_key}|{self.model.dtype}", self.texts, distinct
-            )
+        for same in _by_shape(distinct):
+            features |= self._features(cache, tower, encode, {name: distinct[name] for name in same})
         return features
 
     @staticmethod
@@ -103,6 +135,17 @@ class TowerRunner:
         return features
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
+def _by_shape(rows: Mapping[Name, Row]) -> list[list[Name]]:
+    """Names of the rows whose shapes are equal, in order of first appearance."""
+    names: dict[tuple[torch.Size, ...], list[Name]] = {}
+    for name, row in rows.items():
+        names.setdefault(shapes_of(row), []).append(name)
+    return list(names.values())
+
+
 def _prompts_of_every_length(model: TowerReward, count: int) -> list[list[Tensor]]:
     """For each token length that the model's buckets can give: ``count`` different prompts of it."""
     chooser = random.Random(0)
@@ -118,42 +161,3 @@ def _prompts_of_every_length(model: TowerReward, count: int) -> list[list[Tensor
 def power_of_two(rows: int) -> int:
     """``rows`` or the next power of two: the tail of other lengths runs in other kernels, and so by place."""
     return 1 << (rows - 1).bit_length()
-
-
-class TowerGradient:
-    """d(score)/d(image) along the differentiable twin of the preprocessing, in the model's own dtype (float32)."""
-
-    def __init__(self, model: TowerReward, micro_batch: int) -> None:
-        self.model = model
-        self.micro_batch = power_of_two(micro_batch)
-
-    def run(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
-        """``pixels`` are float32 [3, H, W] in [0, 1] here, sizes may differ; batches are padded to one shape."""
-        results: list[GradientResult | SampleError] = []
-        for start in range(0, len(batch), self.micro_batch):
-            results += self._chunk(batch[start : start + self.micro_batch])
-        return results
-
-    @torch.enable_grad()
-    def _chunk(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
-        model = self.model
-        leaves = [entry.pixels.detach().to(model.device).requires_grad_() for entry in batch]
-        inputs = [model.preprocess_tensor(leaf[None]) for leaf in leaves]
-        with torch.no_grad():
-            distinct = {entry.text_id: entry.tokens for entry in batch}
-            texts = {name: model.encode_text(tokens[None].to(model.device)) for name, tokens in distinct.items()}
-        filler = self.micro_batch - len(batch)
-        images_B3SS = torch.cat([*inputs, *[inputs[-1].detach()] * filler])
-        texts_BD = torch.cat([texts[entry.text_id] for entry in [*batch, *[batch[-1]] * filler]])
-        head: HeadOutput = model.head(model.encode_image(images_B3SS), texts_BD)
-        gradients = torch.autograd.grad(head.score_B[: len(batch)].sum(), leaves)
-        outputs = unpack(head, [entry.warnings for entry in [*batch, *[batch[-1]] * filler]])
-        results: list[GradientResult | SampleError] = []
-        for output, gradient in zip(outputs, gradients, strict=False):
-            if isinstance(output, SampleError):
-                results.append(output)
-            elif not bool(torch.isfinite(gradient).all()):
-                results.append(SampleError("the gradient holds numbers that are not finite", code="not_finite"))
-            else:
-                results.append(GradientResult(output, gradient.detach().float().cpu()))
-        return results

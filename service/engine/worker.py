@@ -25,11 +25,13 @@ from models.base import (
     TowerInput,
     TowerReward,
 )
+from models.preprocessing import to_uint8_tensor
 from models.registry import load_model
 from service.engine.batcher import Batcher, GradientResult, Job, Outcome, Ticket
 from service.engine.compile import BucketedFunction
 from service.engine.features import FeatureCache
-from service.engine.towers import TowerGradient, TowerRunner
+from service.engine.gradient import TowerGradient
+from service.engine.towers import TowerRunner
 from service.runtime import reduction_order
 from service.telemetry import Telemetry
 
@@ -139,7 +141,7 @@ class Worker:
         """Whether this worker answers gradient jobs."""
         return self._gradient is not None
 
-    def _bucket(self, part: str, function: Callable[[Tensor], Tensor], micro_batch: int | None) -> BucketedFunction:
+    def _bucket(self, part: str, function: Callable[..., Tensor], micro_batch: int | None) -> BucketedFunction:
         return BucketedFunction(
             f"{self.name}.{part}",
             function,
@@ -170,7 +172,7 @@ class Worker:
             "preprocessing": self.model.preprocessing,
             "options": dict(self.options.load.options),
             "dtype": self.dtype(job),
-            "shape": self.shape if job == "score" else f"gradient:{self._gradient_batch}",
+            "shape": self.shape if job == "score" else f"gradient:{self._gradient_batch}:{self.options.invariance}",
             "device": device_class(self.options.load.device) if self.model.uses_device else "host",
         }
         return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -246,7 +248,7 @@ class Worker:
     def _shrink(self, job: Job) -> bool:
         """Halve the batch and remember it; False when it is one already (towers halve their own forwards)."""
         if job == "gradient" and self._gradient is not None and self._gradient.micro_batch > 1:
-            self._gradient.micro_batch //= 2
+            self._gradient.halve()
         elif job == "score" and self._towers is None and self.full > 1:
             self._limit = self.full // 2
         else:
@@ -279,7 +281,13 @@ class Worker:
             model = load_model(self.name, replace(self.options.load, dtype=torch.float32))
         if not isinstance(model, TowerReward):
             raise TypeError(f"{self.name} calls itself differentiable and has no towers")
-        return TowerGradient(model, self.options.micro_batch)
+        gradient = TowerGradient(model, self.options.micro_batch)
+        if self.options.invariance == "exact":
+            canary = model.canary()
+            gradient.warm_up(canary.prompt, to_uint8_tensor(canary.image(self.name).convert("RGB")) / 255)
+        else:
+            gradient.use_every_size()
+        return gradient
 
 
 def checked(outcome: Any) -> Outcome:

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.base import Output, Sample, SampleError, TowerInput
 from service.engine.batcher import GradientResult
 from service.engine.features import FeatureCache
-from service.engine.towers import TowerGradient
+from service.engine.gradient import TowerGradient
 from service.engine.worker import TensorSample, Worker
 from service.telemetry import Telemetry
 from tests.service.engine import tiny

@@ -1,0 +1,135 @@
+"""d(score)/d(image) with a :class:`models.base.TowerReward`, in batches of few shapes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.base import HeadOutput, Output, SampleError, TowerInput, TowerReward, unpack
+from service.engine.batcher import GradientResult
+from service.engine.compile import powers_of_two
+from service.engine.towers import power_of_two
+
+log = logging.getLogger(__name__)
+
+WARM_UP_S = 20.0
+"""Measuring of small batches at start stops after this long: on a CPU a large tower takes seconds for each."""
+
+
+Answer = tuple[Output | SampleError, Tensor]
+"""An output and the gradient of its score [3, H, W]."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A sample, its image as a leaf [3, H, W], and the tower's input [1, ...] made from the leaf."""
+
+    entry: TowerInput
+    leaf: Tensor
+    pixels: Tensor
+
+
+class TowerGradient:
+    """Along the differentiable twin of the preprocessing, in the model's own dtype (float32).
+
+    Batches are padded to ``micro_batch`` rows, or to a smaller size that :meth:`warm_up` found to give the same bits.
+    """
+
+    def __init__(self, model: TowerReward, micro_batch: int) -> None:
+        self.model = model
+        self.micro_batch = power_of_two(micro_batch)
+        self._small: list[int] = []
+        self._every_size = False
+
+    def warm_up(self, prompt: str, pixels_3HW: Tensor) -> None:
+        """Find the sizes below ``micro_batch`` whose scores and gradients are those of a full batch, bit for bit."""
+        started = time.monotonic()
+        tokens, _ = self.model.prepare_text(prompt)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.rand(self.micro_batch, *pixels_3HW.shape, generator=generator)
+        rows = [self._input(TowerInput(image, tokens, "", prompt)) for image in noise]
+        full = self._gradients(rows, self.micro_batch)
+        for size in powers_of_two(self.micro_batch)[:-1]:
+            if time.monotonic() - started > WARM_UP_S:
+                break
+            first = [self._input(row.entry) for row in rows[:size]]
+            last = [self._input(row.entry) for row in rows[-size:]]
+            if _equal(self._gradients(first, size), full[:size]) and _equal(self._gradients(last, size), full[-size:]):
+                self._small.append(size)
+        log.info(
+            "usable gradient batch sizes",
+            extra={"model": self.model.info.name, "sizes": [*self._small, self.micro_batch]},
+        )
+
+    def use_every_size(self) -> None:
+        """Allow every power of two without asking whether it gives the same bits (``invariance: fast``)."""
+        self._every_size = True
+        self._small = powers_of_two(self.micro_batch)[:-1]
+
+    def halve(self) -> None:
+        """Remember that a full batch does not fit. What was measured against it counts no longer."""
+        self.micro_batch //= 2
+        self._small = powers_of_two(self.micro_batch)[:-1] if self._every_size else []
+
+    def run(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
+        """``pixels`` are float32 [3, H, W] in [0, 1] here; sizes and token lengths may differ."""
+        results: list[GradientResult | SampleError] = []
+        for start in range(0, len(batch), self.micro_batch):
+            results += self._chunk(batch[start : start + self.micro_batch])
+        return results
+
+    def _chunk(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
+        rows = [self._input(entry) for entry in batch]
+        places: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault((row.pixels.shape, row.entry.tokens.shape), []).append(place)
+        results: dict[int, GradientResult | SampleError] = {}
+        for same in places.values():
+            size = next((size for size in self._small if size >= len(same)), self.micro_batch)
+            for place, answer in zip(same, self._gradients([rows[place] for place in same], size), strict=True):
+                results[place] = _result(*answer)
+        return [results[place] for place in range(len(batch))]
+
+    @torch.enable_grad()
+    def _input(self, entry: TowerInput) -> _Row:
+        leaf = entry.pixels.detach().to(self.model.device).requires_grad_()
+        return _Row(entry, leaf, self.model.preprocess_tensor(leaf[None]))
+
+    @torch.enable_grad()
+    def _gradients(self, rows: Sequence[_Row], size: int) -> list[Answer]:
+        """Output and gradient [3, H, W] of rows of equal shapes, computed as a batch of ``size``."""
+        model, filler = self.model, size - len(rows)
+        entries = [*(row.entry for row in rows), *[rows[-1].entry] * filler]
+        with torch.no_grad():
+            distinct = {row.entry.text_id: row.entry.tokens for row in rows}
+            texts = {name: model.encode_text(tokens[None].to(model.device)) for name, tokens in distinct.items()}
+        images = torch.cat([*(row.pixels for row in rows), *[rows[-1].pixels.detach()] * filler])
+        head: HeadOutput = model.head(
+            model.encode_image(images), torch.cat([texts[entry.text_id] for entry in entries])
+        )
+        gradients = torch.autograd.grad(head.score_B[: len(rows)].sum(), [row.leaf for row in rows])
+        outputs = unpack(head, [entry.warnings for entry in entries])
+        return [(output, gradient.detach()) for output, gradient in zip(outputs, gradients, strict=False)]
+
+
+def _result(output: Output | SampleError, gradient: Tensor) -> GradientResult | SampleError:
+    if isinstance(output, SampleError):
+        return output
+    if not bool(torch.isfinite(gradient).all()):
+        return SampleError("the gradient holds numbers that are not finite", code="not_finite")
+    return GradientResult(output, gradient.float().cpu())
+
+
+def _equal(answers: Sequence[Answer], others: Sequence[Answer]) -> bool:
+    return all(
+        isinstance(output, Output)
+        and isinstance(other, Output)
+        and (output.score, output.outputs) == (other.score, other.outputs)
+        and torch.equal(gradient, other_gradient)
+        for (output, gradient), (other, other_gradient) in zip(answers, others, strict=True)
+    )
