@@ -39,7 +39,11 @@ class ModelSettings(Section):
     micro_batch: int | None = Field(None, ge=1, le=4096)
     options: dict[str, Any] = Field(default_factory=dict)
     watchdog_s: float | None = Field(None, gt=0)
-    gradients: bool = Field(True, description="answer /gradient; in another dtype than float32 it takes a second copy")
+    gradients: bool | None = Field(
+        None,
+        description="answer /gradient; it takes a float32 copy of a model of another dtype. "
+        "null: unless that copy is larger than 8 GB",
+    )
 
 
 class LimitSettings(Section):

@@ -185,7 +185,9 @@ class Engine:
             raise self._unavailable()
         for worker in workers:
             if job == "gradient" and not worker.differentiable:
-                raise InvalidRequest(f"{worker.name} gives no gradients here", code="not_differentiable")
+                possible = worker.model.info.differentiable
+                remedy = f"the setting models.{worker.name}.gradients turns them on" if possible else "it has none"
+                raise InvalidRequest(f"{worker.name} gives no gradients here: {remedy}", code="not_differentiable")
             worker.batcher.check(count, job)
         return workers
 

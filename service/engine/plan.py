@@ -10,6 +10,9 @@ from service.engine.worker import WorkerOptions
 from service.runtime import reduction_order
 from service.settings import ModelSettings, Settings
 
+GRADIENT_COPY_BYTES = 8 << 30
+"""Gradients take a float32 copy of a model that runs in another dtype; larger ones are made when they are asked for."""
+
 
 def resolve_device(name: str) -> torch.device:
     """``auto`` is the first CUDA device or the CPU; a CUDA device that is asked for and missing raises ValueError."""
@@ -36,6 +39,10 @@ def worker_options(name: str, model: ModelSettings, settings: Settings, device: 
     if compile == "auto":
         compile = "on" if device.type == "cuda" else "off"
     model_class = get_model(name)
+    load_dtype = resolve_dtype(dtype, device)
+    gradients = model.gradients
+    if gradients is None:
+        gradients = load_dtype == torch.float32 or model_class.info.weights_bytes <= GRADIENT_COPY_BYTES
     # On a CPU a large batch is worth its padding only where small ones give the same bits and need none.
     default = 32 if device.type == "cuda" or reduction_order().endswith("STRICT") else 8
     default = min(default, model_class.max_batch or default)
@@ -43,10 +50,10 @@ def worker_options(name: str, model: ModelSettings, settings: Settings, device: 
         default = min(default, model_class.cpu_batch or default)
     return WorkerOptions(
         name=name,
-        load=LoadOptions(device, resolve_dtype(dtype, device), model.weights, model.options, settings.weights_dir),
+        load=LoadOptions(device, load_dtype, model.weights, model.options, settings.weights_dir),
         micro_batch=model.micro_batch or settings.micro_batch or default,
         invariance=settings.invariance,
         compile=compile,
         watchdog_s=model.watchdog_s or settings.watchdog_s,
-        gradients=model.gradients,
+        gradients=gradients,
     )
