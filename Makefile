@@ -6,7 +6,7 @@ PORT ?= 8000
 FIXTURES ?= tests/fixtures
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check format test test-full demo serve bench parity shapes-weights k8s-check clean
+.PHONY: help install check format test test-full demo serve bench parity shapes-weights policy-weights k8s-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,11 +43,15 @@ serve: $(STAMP)  ## start the service with the embedded models (PORT=8000)
 bench: $(STAMP)  ## throughput over the offline limit, overload, exactness: ratios in one run
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 
-parity: $(STAMP)  ## put a folder of oracle numbers through the product (FIXTURES=DIR)
-	$(BIN)/python -m models.parity $(FIXTURES)
+parity: $(STAMP)  ## put a folder of oracle numbers through the product (FIXTURES=DIR; FULL=1: true-size models too)
+	$(BIN)/python -m models.parity $(FIXTURES) $(if $(FULL),--full)
 
 shapes-weights: $(STAMP)  ## train shapes-clip again (deterministic, under 45 minutes on 2 cores)
 	$(BIN)/python -m models.shapes.train_clip
+
+policy-weights: $(STAMP)  ## train the shapes policy again (deterministic, under 90 minutes on 2 cores; resumes)
+	$(BIN)/python -m pip install --quiet --editable '.[policy]'
+	$(BIN)/python -m models.shapes.train_policy
 
 k8s-check: $(STAMP)  ## render every overlay and validate it against the Kubernetes schemas
 	$(BIN)/python -m k8s.check

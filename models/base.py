@@ -156,7 +156,7 @@ class WeightSource:
     ``source`` is ``hf:OWNER/NAME[@REVISION][/FILE]``, ``https://...`` or a local path. The settings override the role
     ``weights`` by ``models.NAME.weights`` and any other role by ``models.NAME.options.ROLE``. ``files`` are the glob
     patterns that matter of a source without FILE (a whole repository). ``bytes`` is the published size as far as it is
-    known, 0 otherwise.
+    known, 0 otherwise. Each of ``files`` must match something.
     """
 
     source: str
@@ -195,7 +195,8 @@ class RewardInfo:
 class LoadOptions:
     """Where and how a model is loaded. ``weights`` overrides the model's own source; ``options`` are the model's.
 
-    ``weights_dir`` is where fetched files lie (None: the hub library's own cache).
+    ``weights_dir`` is where fetched files lie (None: the hub library's own cache). ``sha256`` (hex) is what the file of
+    the role ``weights`` must have.
     """
 
     device: torch.device = torch.device("cpu")
@@ -203,6 +204,7 @@ class LoadOptions:
     weights: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     weights_dir: Path | None = None
+    sha256: str | None = None
 
     def source(self, default: WeightSource) -> str:
         """The source of ``default.role``: the settings' own, or the default one."""
@@ -249,6 +251,8 @@ class RewardModel(ABC):
     preprocessing: ClassVar[str] = "1"
     uses_device: ClassVar[bool] = False
     max_batch: ClassVar[int | None] = None
+    cpu_batch: ClassVar[int | None] = None
+    """Largest default batch on a CPU; for large networks, whose batches there take long and gain nothing."""
     weights_hash: str = ""
     dtype: torch.dtype = torch.float32
 
@@ -315,8 +319,6 @@ class TowerReward(RewardModel):
 
     uses_device: ClassVar[bool] = True
     joint: ClassVar[bool] = False
-    cpu_batch: ClassVar[int | None] = None
-    """Largest default batch on a CPU; for large towers, whose batches there take long and gain nothing."""
     image_key: str
     text_key: str
     device: torch.device

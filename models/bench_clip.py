@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch.nn.functional as F
-from PIL import Image as PILImage
 from torch import Tensor
 
-from models.backbones.clip import ClipTowers, tokenize
-from models.base import Calibration, HeadOutput, LoadOptions, RewardInfo, TowerReward
-from models.preprocessing import clip_preprocess, clip_preprocess_tensor, normalize
+from models.backbones.clip import ClipTowers
+from models.backbones.clip_reward import ClipReward, cosine
+from models.backbones.shared import LoadedClip
+from models.base import Calibration, HeadOutput, LoadOptions, RewardInfo
+from models.preprocessing import ImagePreprocessing
 from models.registry import register
 from models.weights import hash_tensors
 
@@ -25,7 +25,7 @@ DEFAULT_SEED = 0
 
 
 @register("bench-clip")
-class BenchClip(TowerReward):
+class BenchClip(ClipReward):
     """100 * cosine of image and text features; the option ``seed`` chooses the weights."""
 
     info: ClassVar[RewardInfo] = RewardInfo(
@@ -43,38 +43,12 @@ class BenchClip(TowerReward):
         hidden=True,
     )
 
-    def __init__(self, towers: ClipTowers, weights_hash: str) -> None:
-        self.towers = towers
-        self.weights_hash = weights_hash
-        self.dtype = towers.dtype
-        self.device = towers.logit_scale.device
-        self.image_key = self.text_key = f"{weights_hash}/clip{IMAGE_SIZE}/{self.preprocessing}"
-
     @classmethod
     def load(cls, options: LoadOptions) -> BenchClip:
         towers = ClipTowers.from_config(VIT_B_32, seed=int(options.options.get("seed", DEFAULT_SEED)))
         weights_hash = hash_tensors(towers.clip.state_dict())  # before the cast: one hash for the weights in any dtype
-        return cls(ClipTowers(towers.clip, options.dtype, options.device), weights_hash)
-
-    def prepare_image(self, image: PILImage.Image) -> Tensor:
-        return clip_preprocess(image, IMAGE_SIZE)
-
-    def prepare_text(self, prompt: str) -> tuple[Tensor, tuple[str, ...]]:
-        tokens, truncated = tokenize(prompt)
-        return tokens, ("prompt_truncated",) if truncated else ()
-
-    def normalize(self, pixels_B3SS: Tensor) -> Tensor:
-        return normalize(pixels_B3SS, dtype=self.dtype)
-
-    def encode_image(self, pixels_B3SS: Tensor) -> Tensor:
-        return self.towers.encode_image(pixels_B3SS)
-
-    def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        return self.towers.encode_text(tokens_BL)
+        cast = ClipTowers(towers.clip, options.dtype, options.device)
+        return cls(LoadedClip(cast, weights_hash, "vit-b-32"), ImagePreprocessing.bicubic_crop(IMAGE_SIZE))
 
     def head(self, image_features_BD: Tensor, text_features_BD: Tensor) -> HeadOutput:
-        # In float32: a bfloat16 cosine has steps of 0.4 %.
-        return HeadOutput(100 * F.cosine_similarity(image_features_BD.float(), text_features_BD.float(), dim=-1))
-
-    def preprocess_tensor(self, pixels_B3HW: Tensor) -> Tensor:
-        return self.normalize(clip_preprocess_tensor(pixels_B3HW, IMAGE_SIZE))
+        return HeadOutput(100 * cosine(image_features_BD, text_features_BD))

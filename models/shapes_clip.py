@@ -7,16 +7,18 @@ in the JSON file beside them.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from PIL import Image as PILImage
 from torch import Tensor
 
 from models.backbones.clip import ClipTowers, tokenize
-from models.base import Calibration, Candidate, HeadOutput, LoadOptions, RewardInfo, Sample, TowerReward, WeightsError
-from models.preprocessing import clip_preprocess, clip_preprocess_tensor, normalize
+from models.backbones.clip_reward import ClipReward, TextPreprocessing
+from models.backbones.shared import LoadedClip
+from models.base import Calibration, Candidate, HeadOutput, LoadOptions, RewardInfo, Sample
+from models.preprocessing import ImagePreprocessing
 from models.registry import register
 from models.shapes.clip_model import (
     IMAGE_SIZE,
@@ -28,13 +30,13 @@ from models.shapes.clip_model import (
     unpack,
 )
 from models.shapes.world import Scene, SceneObject, render
-from models.weights import hash_tensors, load_safetensors
+from models.weights import fit, hash_tensors, load_safetensors
 
 PARAMETERS = 8_364_546
 
 
 @register("shapes-clip")
-class ShapesClip(TowerReward):
+class ShapesClip(ClipReward):
     """The head's score: how well a picture of coloured shapes shows what the prompt asks for."""
 
     info: ClassVar[RewardInfo] = RewardInfo(
@@ -52,13 +54,13 @@ class ShapesClip(TowerReward):
         differentiable=True,
     )
 
-    def __init__(self, towers: ClipTowers, head: PreferenceHead, weights_hash: str) -> None:
-        self.towers = towers
+    def __init__(self, loaded: LoadedClip, head: PreferenceHead) -> None:
+        super().__init__(
+            loaded,
+            ImagePreprocessing.bicubic_crop(IMAGE_SIZE),
+            TextPreprocessing("open-clip", partial(tokenize, lengths=TEXT_LENGTHS)),
+        )
         self.preference_head = head.eval().requires_grad_(False)
-        self.weights_hash = weights_hash
-        self.dtype = towers.dtype
-        self.device = towers.logit_scale.device
-        self.image_key = self.text_key = f"{weights_hash}/clip{IMAGE_SIZE}/{self.preprocessing}"
 
     @classmethod
     def load(cls, options: LoadOptions) -> ShapesClip:
@@ -69,37 +71,20 @@ class ShapesClip(TowerReward):
             clip_config(compact=False), tensors=clip, dtype=options.dtype, device=options.device
         )
         head = PreferenceHead()
-        try:
-            head.load_state_dict(head_tensors)
-        except RuntimeError as exc:
-            raise WeightsError("the weights are not those of shapes-clip: the head's tensors do not fit") from exc
-        return cls(towers, head.to(options.device), hash_tensors(tensors))
-
-    def prepare_image(self, image: PILImage.Image) -> Tensor:
-        return clip_preprocess(image, IMAGE_SIZE)
+        fit(head.state_dict(), head_tensors, "shapes-clip's head")
+        head.load_state_dict(head_tensors)
+        return cls(LoadedClip(towers, hash_tensors(tensors), "shapes"), head.to(options.device))
 
     def prepare_text(self, prompt: str) -> tuple[Tensor, tuple[str, ...]]:
         """Warns of a truncated prompt, and of words that the model has never seen."""
-        tokens, truncated = tokenize(prompt, TEXT_LENGTHS)
+        tokens, warnings = super().prepare_text(prompt)
         unknown = bool((compact_index()[tokens] == 0).any())
-        return tokens, ("prompt_truncated",) * truncated + ("unknown_words",) * unknown
-
-    def normalize(self, pixels_B3SS: Tensor) -> Tensor:
-        return normalize(pixels_B3SS, dtype=self.dtype)
-
-    def encode_image(self, pixels_B3SS: Tensor) -> Tensor:
-        return self.towers.encode_image(pixels_B3SS)
-
-    def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        return self.towers.encode_text(tokens_BL)
+        return tokens, warnings + ("unknown_words",) * unknown
 
     def head(self, image_features_BD: Tensor, text_features_BD: Tensor) -> HeadOutput:
         """In float32 whatever the towers' dtype: a bfloat16 score has too few digits to rank a group."""
         with torch.autocast(self.device.type, enabled=False):
             return HeadOutput(self.preference_head(image_features_BD, text_features_BD))
-
-    def preprocess_tensor(self, pixels_B3HW: Tensor) -> Tensor:
-        return self.normalize(clip_preprocess_tensor(pixels_B3HW, IMAGE_SIZE))
 
     def canary(self) -> Sample:
         objects = (SceneObject("circle", "red", (1, 0)), SceneObject("square", "blue", (1, 2)))

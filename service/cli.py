@@ -1,8 +1,9 @@
-"""reward-service serve | score | compare | models | bench"""
+"""reward-service serve | fetch | score | compare | models | bench"""
 
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Annotated, Any, NoReturn, cast
 import httpx
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
@@ -65,6 +67,48 @@ def serve(
         _stop(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}")
     console.print(f"listening on http://{settings.host}:{bound.getsockname()[1]} once the models are loaded")
     raise typer.Exit(serve_app(create_app(settings), settings, bound))
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="reward models", metavar="NAME...")],
+    config: Annotated[Path | None, typer.Option(help="YAML settings, whose sources of weights are used")] = None,
+    weights_dir: Annotated[Path | None, typer.Option(help="where to put them; default: as the settings say")] = None,
+) -> None:
+    """Download the weights of models and verify them; what is here already is verified only."""
+    if config is not None:
+        os.environ["REWARD_CONFIG"] = str(config)
+    from service.settings import SettingsProblem, load_settings
+
+    try:
+        settings = load_settings(**({} if weights_dir is None else {"weights_dir": weights_dir}))
+    except SettingsProblem as problem:
+        _stop(f"settings: {problem}")
+    try:
+        for plugin in settings.plugins:
+            importlib.import_module(plugin)
+    except ImportError as problem:
+        _stop(f"settings: plugins: {problem}")
+    import models.catalog  # noqa: F401
+    from models.base import WeightsError
+    from models.registry import list_models
+    from service.fetch import fetch_model
+
+    known = list_models(hidden=True)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        _stop(f"unknown reward model {', '.join(unknown)}; known: {', '.join(known)}")
+    failed = False
+    for name in names:
+        try:
+            fetch_model(name, settings, _say, progress)
+        except ValueError as problem:
+            _stop(f"settings: models.{name}.options: {problem}")
+        except WeightsError as problem:
+            failed = True
+            _complain(f"{name}: {problem}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -134,12 +178,12 @@ def models(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> No
     if as_json:
         console.print_json(json.dumps(answer))
         return
-    table = Table("model", "kind", "inputs", "range", "grad", "licence", "ready", "fingerprint", title=url)
+    table = Table("model", "kind", "inputs", "range", "grad", "licence", "weights", "ready", "fingerprint", title=url)
     for row in answer["models"]:
         low, high = row["range"]
         table.add_row(
             row["name"], row["kind"], ", ".join(row["inputs"]), f"{low:g} .. {high:g}",
-            "yes" if row["differentiable"] else "", row["license"], "yes" if row["ready"] else "no",
+            "yes" if row["differentiable"] else "", row["license"], _weights(row), "yes" if row["ready"] else "no",
             (row["fingerprint"] or "")[7:19],
         )  # fmt: skip
     console.print(table)
@@ -191,8 +235,25 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
 
 
 def _stop(message: str) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False, highlight=False)
+    _complain(message)
     raise typer.Exit(2)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False, highlight=False)
+
+
+def _say(message: str) -> None:
+    console.print(message, soft_wrap=True, markup=False, highlight=False)
+
+
+def _weights(row: dict[str, Any]) -> str:
+    """Whether a model's weights are here, and how much is to fetch where they are not."""
+    if row["weights_present"]:
+        return "here" if row["weights"] else ""
+    missing = [source["bytes"] for source in row["sources"] if not source["present"]]
+    size = sum(missing) if all(missing) else row["weights_bytes"] if len(missing) == len(row["sources"]) else 0
+    return f"missing, {decimal(size)}" if size else "missing"
 
 
 def _chunks(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:

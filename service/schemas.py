@@ -203,6 +203,15 @@ class CalibrationOut(Schema):
     source: str
 
 
+class WeightSourceOut(Schema):
+    """A file or folder that a model needs. ``bytes``: published size, 0 where unknown; ``present``: on this machine."""
+
+    role: str
+    source: str
+    bytes: int
+    present: bool
+
+
 class ModelOut(Schema):
     """One row of GET /models. ``ready``: loaded here and answering; ``weights_present``: they need no download."""
 
@@ -218,6 +227,8 @@ class ModelOut(Schema):
     license: str
     weights: str | None
     weights_bytes: int
+    weights_present: bool
+    sources: list[WeightSourceOut]
     verified: bool
     ready: bool
     fingerprint: str | None

@@ -33,7 +33,14 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """One reward model. ``null`` leaves the choice to the service or to the model."""
 
-    weights: str | None = None
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        description="hf:OWNER/NAME[@REVISION][/FILE], https://..., or a path; null: the published ones",
+    )
+    sha256: str | None = Field(
+        None, pattern=r"^(sha256:)?[0-9a-fA-F]{64}$", description="of the file that weights names; others are refused"
+    )
     dtype: Dtype = "auto"
     compile: Compile = "auto"
     micro_batch: int | None = Field(None, ge=1, le=4096)
@@ -125,7 +132,9 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="torch threads on CPU; null: all cores")
     decode_threads: int | None = Field(None, ge=1, description="null: cores, at most 8")
     cache_dir: Path | None = Field(None, description="compile cache; null: torch's own default")
-    weights_dir: Path | None = None
+    weights_dir: Path | None = Field(
+        None, description="fetched weights, as OWNER/NAME[@REVISION]/FILE; null: the hub library's own cache (HF_HOME)"
+    )
     watchdog_s: float = Field(120.0, gt=0, description="a forward that takes longer ends the process")
     exit_grace_s: float = Field(0.5, ge=0, description="between readiness false and the exit of a failed process")
     ready_max_age_s: float = Field(5.0, ge=0, description="a success this fresh counts as readiness without a canary")

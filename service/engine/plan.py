@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from models.base import LoadOptions, TowerReward
+from models.base import LoadOptions
 from models.registry import get_model
 from service.engine.worker import WorkerOptions
 from service.runtime import reduction_order
@@ -46,11 +46,11 @@ def worker_options(name: str, model: ModelSettings, settings: Settings, device: 
     # On a CPU a large batch is worth its padding only where small ones give the same bits and need none.
     default = 32 if device.type == "cuda" or reduction_order().endswith("STRICT") else 8
     default = min(default, model_class.max_batch or default)
-    if issubclass(model_class, TowerReward) and device.type == "cpu":
+    if device.type == "cpu":
         default = min(default, model_class.cpu_batch or default)
     return WorkerOptions(
         name=name,
-        load=LoadOptions(device, load_dtype, model.weights, model.options, settings.weights_dir),
+        load=LoadOptions(device, load_dtype, model.weights, model.options, settings.weights_dir, model.sha256),
         micro_batch=model.micro_batch or settings.micro_batch or default,
         invariance=settings.invariance,
         compile=compile,

@@ -1,6 +1,7 @@
 """The ocr reward reads real text in real images, and its text part follows the published formula."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from models.base import Candidate, InputError, LoadOptions, ModelError, Output, Sample
-from models.ocr import Line, OcrReward, ocr_reward, target_text, text_image
+from models.base import Candidate, InputError, LoadOptions, ModelError, Output, Sample, WeightsError
+from models.ocr import Line, OcrReward, model_files, ocr_reward, shipped_files, target_text, text_image
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["Hello World", "MORNING BREW", "OPEN 24 HOURS", "reward", "42"]
@@ -146,6 +147,24 @@ def test_contained_target_scores_one_whatever_surrounds_it(target: str, before: 
     assert ocr_reward(target, [(before, 0.9), (target.upper().lower(), 0.9), (after, 0.9)]).reward == 1.0
 
 
+@given(letters, st.lists(st.tuples(st.text("abAB é", max_size=8), st.sampled_from([0.0, 0.4, 1.0])), max_size=4))
+def test_the_papers_normalisation_has_no_shortcut_and_no_cut(target: str, lines: list[Line]) -> None:
+    result = ocr_reward(target, lines, "paper")
+    wanted = target.replace(" ", "").lower()
+    found = "".join(text for text, confidence in lines if confidence > 0).replace(" ", "").lower()
+    assert result.distance == naive_levenshtein(found, wanted)
+    assert result.reward == max(1 - result.distance / len(wanted), 0)
+    assert result.reward <= ocr_reward(target, lines).reward
+
+
+def test_the_papers_normalisation_counts_what_surrounds_the_target() -> None:
+    lines = [("say", 0.9), ("Hello World", 0.9), ("!", 0.0)]
+    assert ocr_reward("hello world", lines).reward == 1.0
+    assert ocr_reward("hello world", lines, "paper").reward == 1 - 3 / 10
+    assert ocr_reward("hi", [("entirely different", 0.9)], "paper").reward == 0.0
+    assert ocr_reward("hi", [("entirely different", 0.9)], "paper").distance > 2
+
+
 def naive_levenshtein(first: str, second: str) -> int:
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
@@ -153,6 +172,146 @@ def naive_levenshtein(first: str, second: str) -> int:
         for j, b in enumerate(second, 1):
             row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (a != b)))
     return row[-1]
+
+
+# -- scripts: drawn by hand where Pillow's own font has no letters ----------------------------------------------------
+
+STROKES = {
+    "三": [(0.15, 0.1, 0.85, 0.1), (0.2, 0.5, 0.8, 0.5), (0.05, 0.9, 0.95, 0.9)],
+    "上": [(0.5, 0.05, 0.5, 0.9), (0.5, 0.4, 0.85, 0.4), (0.05, 0.9, 0.95, 0.9)],
+    "中": [
+        (0.15, 0.25, 0.85, 0.25),
+        (0.15, 0.6, 0.85, 0.6),
+        (0.15, 0.25, 0.15, 0.6),
+        (0.85, 0.25, 0.85, 0.6),
+        (0.5, 0.05, 0.5, 0.95),
+    ],
+    "山": [(0.5, 0.05, 0.5, 0.9), (0.1, 0.35, 0.1, 0.9), (0.9, 0.35, 0.9, 0.9), (0.1, 0.9, 0.9, 0.9)],
+    "日": [
+        (0.25, 0.05, 0.75, 0.05),
+        (0.25, 0.5, 0.75, 0.5),
+        (0.25, 0.95, 0.75, 0.95),
+        (0.25, 0.05, 0.25, 0.95),
+        (0.75, 0.05, 0.75, 0.95),
+    ],
+    "王": [(0.15, 0.1, 0.85, 0.1), (0.2, 0.5, 0.8, 0.5), (0.1, 0.9, 0.9, 0.9), (0.5, 0.1, 0.5, 0.9)],
+    "田": [
+        (0.1, 0.1, 0.9, 0.1),
+        (0.1, 0.5, 0.9, 0.5),
+        (0.1, 0.9, 0.9, 0.9),
+        (0.1, 0.1, 0.1, 0.9),
+        (0.9, 0.1, 0.9, 0.9),
+        (0.5, 0.1, 0.5, 0.9),
+    ],
+}
+"""Chinese characters of straight strokes: x0, y0, x1, y1 in a unit square."""
+
+
+def drawn(characters: str, cell: int = 60) -> Image.Image:
+    image = Image.new("RGB", (len(characters) * cell * 5 // 4 + 60, cell + 60), "white")
+    draw = ImageDraw.Draw(image)
+    for index, character in enumerate(characters):
+        left = 30 + index * cell * 5 // 4
+        for x0, y0, x1, y1 in STROKES[character]:
+            line = (left + x0 * cell, 30 + y0 * cell, left + x1 * cell, 30 + y1 * cell)
+            draw.line(line, fill="black", width=6)
+    return image
+
+
+def test_chinese_is_read(model: OcrReward) -> None:
+    words = ["中日", "山田", "王中王", "上三田"]
+    for word, output in zip(words, outputs(model, [sample(word, drawn(word)) for word in words]), strict=True):
+        assert output.details["recognised"] == word
+        assert output.score == 1.0
+
+
+def test_digits_and_signs_are_read(model: OcrReward) -> None:
+    texts = ["12345", "3.14159", "$99", "1+1=2"]
+    assert [output.score for output in outputs(model, [sample(text, wide(text)) for text in texts])] == [1.0] * 4
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_normalisation_is_an_option() -> None:
+    paper = OcrReward.load(LoadOptions(options={"normalisation": "paper"}))
+    (output,) = outputs(paper, [sample("reward", wide("my reward"))])
+    assert output.score == pytest.approx(1 - 2 / 6)
+    assert output.outputs["distance"] == 2
+    with pytest.raises(ValueError, match="normalisation"):
+        OcrReward.load(LoadOptions(options={"normalisation": "relative"}))
+
+
+def load_with(**options: Any) -> OcrReward:
+    return OcrReward.load(LoadOptions(options={name: str(value) for name, value in options.items()}))
+
+
+def renamed(file: Path, name: str, replacements: dict[bytes, bytes]) -> Path:
+    """A copy of an ONNX file with bytes replaced by as many others, which leaves its structure whole."""
+    content = file.read_bytes()
+    for old, new in replacements.items():
+        assert len(old) == len(new)
+        assert content.count(old) == 1
+        content = content.replace(old, new)
+    target = file.parent / name
+    target.write_bytes(content)
+    return target
+
+
+@pytest.fixture(scope="module")
+def recogniser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the shipped recogniser, which carries its characters."""
+    return Path(shutil.copy(shipped_files().recognition, tmp_path_factory.mktemp("recogniser") / "other.onnx"))
+
+
+@pytest.fixture(scope="module")
+def bare(recogniser: Path) -> tuple[Path, Path]:
+    """The recogniser under a metadata key that nobody reads, and its characters, each letter R as an L, in a file."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(recogniser), providers=["CPUExecutionProvider"])
+    characters = session.get_modelmeta().custom_metadata_map["character"].splitlines()
+    dictionary = recogniser.parent / "characters.txt"
+    swapped = ["L" if character == "R" else character for character in characters]
+    dictionary.write_bytes("\n".join(swapped).encode())
+    key = b"\x0a\x09character"  # protobuf: field 1, nine bytes
+    return renamed(recogniser, "bare.onnx", {key: b"\x0a\x09carakters"}), dictionary
+
+
+def test_another_recogniser_is_used(model: OcrReward, recogniser: Path) -> None:
+    other = load_with(recogniser=recogniser)
+    assert outputs(other, [sample("reward", wide("reward"))])[0].score == 1.0
+    assert other.weights_hash.startswith("sha256:")
+    assert other.weights_hash != model.weights_hash  # another file by its name
+    assert model_files(LoadOptions()) == shipped_files()
+
+
+def test_a_dictionary_is_what_a_bare_recogniser_reads_with(model: OcrReward, bare: tuple[Path, Path]) -> None:
+    file, dictionary = bare
+    other = load_with(recogniser=file, dictionary=dictionary)
+    assert outputs(other, [sample("LEADY", wide("READY"))])[0].details["recognised"] == "LEADY"
+    before = other.weights_hash
+    dictionary_of_more = dictionary.with_name("more.txt")
+    dictionary_of_more.write_bytes(dictionary.read_bytes() + b"\nx")
+    assert load_with(recogniser=file, dictionary=dictionary).weights_hash == before
+    with pytest.raises(WeightsError, match=r"lists 18709 characters, the recogniser knows 18708"):
+        load_with(recogniser=file, dictionary=dictionary_of_more)
+
+
+def test_recognisers_that_cannot_be_used_are_refused(recogniser: Path, bare: tuple[Path, Path], tmp_path: Path) -> None:
+    file, dictionary = bare
+    with pytest.raises(WeightsError, match=r"models\.ocr\.options\.dictionary"):
+        load_with(recogniser=file)
+    with pytest.raises(ValueError, match="carries its own characters"):
+        load_with(recogniser=recogniser, dictionary=dictionary)
+    with pytest.raises(ValueError, match="belongs to a recogniser"):
+        load_with(dictionary=dictionary)
+    with pytest.raises(WeightsError, match=r"models\.ocr\.options\.recogniser"):
+        load_with(recogniser=tmp_path / "nowhere.onnx")
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(b"no protobuf")
+    with pytest.raises(WeightsError, match="damaged or not an ONNX file"):
+        load_with(recogniser=damaged)
 
 
 def test_option_threads_is_checked() -> None:

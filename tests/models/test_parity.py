@@ -1,4 +1,7 @@
-"""The parity runner passes on the project's fixtures, notices a changed number, and lists what nobody handles."""
+"""The parity runner passes on the project's fixtures, notices a changed number, and lists what nobody handles.
+
+The rewards with checkpoints have a file of their own: test_parity_pointwise.py.
+"""
 
 import io
 import json
@@ -6,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +24,22 @@ from models.jpeg import jpeg_kilobytes
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
+EMBEDDED = ("jpeg.json", "ocr_text.json")
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    shutil.copytree(FIXTURES, tmp_path / "other", dirs_exist_ok=True)
+    """The embedded rewards' files and what they name; the others take seconds each."""
+    folder = tmp_path / "other" / "pointwise"
+    shutil.copytree(FIXTURES / "pointwise" / "images", folder / "images")
+    for name in ("inputs.json", *EMBEDDED):
+        shutil.copy(FIXTURES / "pointwise" / name, folder)
     return tmp_path / "other"
 
 
-def run(folder: Path) -> tuple[int, str]:
+def run(folder: Path, *options: str) -> tuple[int, str]:
     text = io.StringIO()
-    status = parity.main([str(folder)], Console(file=text, width=200))
+    status = parity.main([str(folder), *options], Console(file=text, width=200))
     return status, text.getvalue()
 
 
@@ -44,8 +53,8 @@ def topics(folder: Path) -> dict[str, parity.Topic]:
     return {topic.name: topic for _, topic in parity.run(folder).topics}
 
 
-def test_the_projects_fixtures_agree() -> None:
-    found = topics(FIXTURES / "pointwise")
+def test_the_projects_fixtures_agree(copy: Path) -> None:
+    found = topics(copy)
     scored = json.loads((FIXTURES / "pointwise" / "jpeg.json").read_text("utf-8"))["scores"]
     cases = json.loads((FIXTURES / "pointwise" / "ocr_text.json").read_text("utf-8"))["cases"]
     assert found["incompressibility"].cases == found["compressibility"].cases == len(scored)
@@ -53,16 +62,24 @@ def test_the_projects_fixtures_agree() -> None:
     assert found["transparency"].cases == 1
     ocr = ("reward", "prompt without target", "engine failure")
     assert sum(found[name].cases for name in ocr) == len(cases)
-    status, text = run(FIXTURES)
+    status, text = run(copy)
     assert status == 0
     assert "jpeg.json" in text
     assert "ocr_text.json" in text
     assert "off" not in text
 
 
-def test_it_runs_as_a_module() -> None:
+def test_every_case_file_of_the_project_has_a_handler() -> None:
+    for module in parity.HANDLER_MODULES:
+        import_module(module)
+    files = [file for file in (FIXTURES / "pointwise").iterdir() if file.suffix in (".json", ".npz")]
+    handled = [file for file in files if any(file.match(pattern) for pattern in parity._HANDLERS)]
+    assert {file.name for file in files} - {file.name for file in handled} == {"inputs.json", "hpsv3_small.npz"}
+
+
+def test_it_runs_as_a_module(copy: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "models.parity", str(FIXTURES)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "models.parity", str(copy)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "incompressibility" in done.stdout
@@ -157,6 +174,20 @@ def test_unknown_kinds_are_listed_and_do_not_fail(copy: Path) -> None:
     assert "inputs.json" not in text
 
 
+def test_models_of_the_true_size_run_only_when_asked_for(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(FIXTURES / "pointwise" / "hpsv2_full.json", copy / "pointwise")
+    status, text = run(copy)
+    assert status == 0
+    assert "full size, left out without --full: pointwise: hpsv2_full.json" in text
+    parity.run(copy)
+    for pattern in list(parity._HANDLERS):
+        if pattern.startswith("hpsv2"):
+            monkeypatch.setitem(parity._HANDLERS, pattern, lambda file: [parity.Topic(file.name, 1, 2.0, 1.0)])
+    status, text = run(copy, "--full")
+    assert status == 1
+    assert "left out" not in text
+
+
 def test_a_folder_with_nothing_handled_fails(tmp_path: Path) -> None:
     (tmp_path / "unheard_of.json").write_text("{}")
     status, text = run(tmp_path)
@@ -171,7 +202,7 @@ def test_a_file_without_cases_is_an_error(copy: Path) -> None:
 
 
 def test_a_kind_has_one_handler() -> None:
-    parity.run(FIXTURES)
+    import_module("models.parity_embedded")
     with pytest.raises(ValueError, match=r"jpeg\.json"):
         parity.parity_kind("jpeg.json")(lambda file: [])
 

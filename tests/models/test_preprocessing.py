@@ -1,5 +1,6 @@
 """The exact preprocessing is torchvision's on PIL images; the differentiable twin agrees with it and has gradients."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import functional
 
 from models.preprocessing import (
     OPENAI_MEAN,
     OPENAI_STD,
+    ImagePreprocessing,
+    bilinear_crop,
     clip_preprocess,
     clip_preprocess_tensor,
     crop_offset,
+    fit_and_pad,
     normalize,
     resized_size,
+    to_float_tensor,
     to_uint8_tensor,
 )
 
@@ -122,3 +128,116 @@ def test_normalize_is_the_formula_for_both_kinds_of_pixels() -> None:
     assert normalize(pixels, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="int64"):
         normalize(pixels.long())
+
+
+def test_double_precision_stays_double() -> None:
+    pixels = torch.rand(1, 3, 30, 41, dtype=torch.float64)
+    for function in (clip_preprocess_tensor, bilinear_crop, fit_and_pad):
+        result = function(pixels, 16)
+        assert result.dtype == torch.float64
+        assert function(pixels.to(torch.bfloat16), 16).dtype == torch.float32
+    assert normalize(pixels, dtype=torch.float64).dtype == torch.float64
+    exact = normalize(to_uint8_tensor(noise(5, 4))[None], dtype=torch.float64)
+    assert not torch.equal(exact, exact.float().double())
+
+
+# -- paths on floats --------------------------------------------------------------------------------------------------
+
+
+@given(width=st.integers(1, 90), height=st.integers(1, 90))
+def test_bilinear_crop_is_torchvisions_on_floats(width: int, height: int) -> None:
+    reference = transforms.Compose([transforms.Resize(16), transforms.CenterCrop(16)])
+    pixels = to_float_tensor(noise(width, height))
+    result = bilinear_crop(pixels[None], 16)[0]
+    torch.testing.assert_close(result, reference(pixels), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
+def test_bilinear_crop_of_photographs_is_torchvisions(path: Path) -> None:
+    reference = transforms.Compose([transforms.Resize(224), transforms.CenterCrop(224)])
+    pixels = to_float_tensor(photo(path))
+    torch.testing.assert_close(bilinear_crop(pixels[None])[0], reference(pixels), atol=1e-6, rtol=0)
+
+
+def test_bilinear_crop_of_a_strip_never_holds_the_whole_resized_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    interpolate = torch.nn.functional.interpolate
+
+    def watched(*args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal largest
+        result: torch.Tensor = interpolate(*args, **kwargs)  # type: ignore[arg-type]
+        largest = max(largest, result.numel())
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", watched)
+    for shape in ((2, 1000), (1000, 2)):
+        assert bilinear_crop(torch.rand(1, 3, *shape)).shape == (1, 3, 224, 224)
+    assert largest == 3 * 2 * 112_000  # in full it is 112 times that
+
+
+def reference_fit_and_pad(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """The steps of FACTS A3 with torchvision's functions; a side is at least one pixel."""
+    scale = size / max(pixels.shape[-2:])
+    height, width = (max(1, round(length * scale)) for length in pixels.shape[-2:])
+    resized = functional.resize(pixels, [height, width], transforms.InterpolationMode.BICUBIC, antialias=True)
+    left, top = (size - width) // 2, (size - height) // 2
+    return functional.pad(resized, [left, top, size - width - left, size - height - top], 0)
+
+
+@given(width=st.integers(1, 90), height=st.integers(1, 90))
+def test_fit_and_pad_is_its_definition_for_any_shape(width: int, height: int) -> None:
+    pixels = to_float_tensor(noise(width, height))
+    torch.testing.assert_close(fit_and_pad(pixels[None], 17)[0], reference_fit_and_pad(pixels, 17), atol=1e-6, rtol=0)
+
+
+def test_fit_and_pad_keeps_what_overshoots_and_pads_with_black() -> None:
+    stripes = torch.zeros(1, 3, 60, 200)
+    stripes[..., 50:150] = 1
+    result = fit_and_pad(stripes, 101)
+    assert result.max() > 1.001
+    assert result.min() < -0.001
+    height = round(60 * 101 / 200)
+    top = (101 - height) // 2
+    assert result[..., :top, :].abs().max() == 0
+    assert result[..., top + height :, :].abs().max() == 0
+    assert result[..., top : top + height, 50].min() > 0.9
+    assert 101 - top - height == top + 1  # the odd row is at the bottom
+
+
+def test_fit_and_pad_of_a_fitting_image_is_the_image_with_bars() -> None:
+    pixels = to_float_tensor(noise(24, 10))[None]
+    assert torch.equal(fit_and_pad(pixels, 24)[..., 7:17, :], pixels)
+
+
+@pytest.mark.parametrize("function", [bilinear_crop, fit_and_pad])
+def test_gradients_of_linear_paths_are_exact(function: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, 20, 33, generator=generator, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(1, 3, 16, 16, generator=generator, dtype=torch.float64)
+    (function(pixels, 16) * weights).sum().backward()
+    assert pixels.grad is not None
+    other = torch.rand(pixels.shape, generator=generator, dtype=torch.float64)
+    difference = ((function(other, 16) - function(pixels.detach(), 16)) * weights).sum().item()
+    assert ((other - pixels.detach()) * pixels.grad).sum().item() == pytest.approx(difference, rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+def test_any_mode_becomes_rgb(mode: str) -> None:
+    image = noise(40, 30).convert(mode)
+    expected = to_uint8_tensor(image.convert("RGB"))
+    assert torch.equal(to_float_tensor(image), expected.float() / 255)
+
+
+def test_a_preprocessings_exact_path_and_twin_belong_together() -> None:
+    image = noise(70, 50)
+    pixels = to_float_tensor(image)[None]
+    for preprocessing in (
+        ImagePreprocessing.on_floats("bilinear-crop", bilinear_crop, 32),
+        ImagePreprocessing.on_floats("fit-and-pad", fit_and_pad, 32),
+    ):
+        assert preprocessing.exact(image).dtype == torch.float32
+        assert torch.equal(preprocessing.exact(image), preprocessing.twin(pixels)[0])
+    torchvision, processor = (ImagePreprocessing.bicubic_crop(32, kind) for kind in ("torchvision", "transformers"))
+    assert torch.equal(processor.exact(image), clip_preprocess(image, 32, "transformers"))
+    assert torch.equal(processor.twin(pixels), clip_preprocess_tensor(pixels, 32, "transformers"))
+    assert len({torchvision.name, processor.name, "bilinear-crop32", "fit-and-pad32"}) == 4

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.backbones.clip import CONTEXT_LENGTH, TEXT_LENGTHS, ClipTowers, tokenize
+from models.backbones.clip import (
+    CONTEXT_LENGTH,
+    TEXT_LENGTHS,
+    VIT_H_14,
+    VIT_L_14,
+    ClipArchitecture,
+    ClipTowers,
+    empty_clip,
+    size_of,
+    tokenize,
+)
 from models.base import WeightsError
 
 INPUTS = Path(__file__).parents[2] / "fixtures" / "pointwise" / "inputs.json"
@@ -98,6 +108,57 @@ def test_weights_of_another_model_are_refused(towers: ClipTowers, change: str) -
         tensors["ln_final.weight"] = torch.ones(3)
     with pytest.raises(WeightsError, match="ln_final"):
         ClipTowers.from_config(SMALL, tensors=tensors)
+
+
+def test_weights_are_copied_and_score_bit_for_bit_like_their_origin(towers: ClipTowers) -> None:
+    tensors = {name: tensor.clone() for name, tensor in towers.clip.state_dict().items()}
+    loaded = ClipTowers.from_config(SMALL, tensors=tensors)
+    for tensor in tensors.values():
+        tensor.zero_()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = tokenize("two cats")[0][None]
+    assert torch.equal(loaded.encode_image(pixels), towers.encode_image(pixels))
+    assert torch.equal(loaded.encode_text(tokens), towers.encode_text(tokens))
+    assert loaded.image_size == 32
+
+
+def test_double_precision_towers_compute_in_double(towers: ClipTowers) -> None:
+    double = ClipTowers.from_config(SMALL, tensors=towers.clip.state_dict(), dtype=torch.float64)
+    tokens = tokenize("two cats")[0][None]
+    assert double.encode_text(tokens).dtype == torch.float64
+    torch.testing.assert_close(double.encode_text(tokens).float(), towers.encode_text(tokens), atol=1e-5, rtol=0)
+
+
+def test_sizes_are_read_from_the_shapes(towers: ClipTowers) -> None:
+    size = size_of(towers.clip.state_dict(), "test")
+    architecture = ClipArchitecture("test", size, vision_head_width=32, text_head_width=16)
+    assert architecture.config(size) == SMALL | {"quick_gelu": False}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameters"), [(VIT_L_14, 427_616_513), (VIT_H_14, 986_109_441)], ids=["L", "H"]
+)
+def test_published_sizes_have_the_published_number_of_parameters(
+    architecture: ClipArchitecture, parameters: int
+) -> None:
+    clip = empty_clip(architecture.config(architecture.published))
+    assert sum(parameter.numel() for parameter in clip.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["visual.conv1.weight", "text_projection", "token_embedding.weight"])
+def test_a_tensor_that_tells_a_size_is_asked_for_by_name(towers: ClipTowers, name: str) -> None:
+    tensors = dict(towers.clip.state_dict())
+    wrong = tensors.pop(name)
+    with pytest.raises(WeightsError, match=f"not those of test: {name} is missing"):
+        size_of(tensors, "test")
+    with pytest.raises(WeightsError, match=f"{name} is of shape"):
+        size_of(tensors | {name: wrong[None]}, "test")
+
+
+def test_a_tower_without_layers_is_no_clip(towers: ClipTowers) -> None:
+    tensors = {name: tensor for name, tensor in towers.clip.state_dict().items() if not name.startswith("transformer")}
+    with pytest.raises(WeightsError, match="no layers"):
+        size_of(tensors, "test")
 
 
 def test_text_towers_that_cannot_be_shortened_are_refused() -> None:

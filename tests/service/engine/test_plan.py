@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import models.catalog  # noqa: F401
 from models import registry
+from models.base import WeightsError
+from models.registry import get_model, load_model
 from service.engine import plan
 from service.engine.plan import GRADIENT_COPY_BYTES, worker_options
 from service.settings import ModelSettings, Settings
@@ -62,3 +67,14 @@ def test_batches_of_large_towers_are_small_on_a_cpu_only(monkeypatch: pytest.Mon
 def test_the_folder_of_the_weights_reaches_the_model(tmp_path: Any) -> None:
     assert options(weights_dir=tmp_path).load.weights_dir == tmp_path
     assert options().load.weights_dir is None
+
+
+def test_a_file_that_is_not_the_expected_one_is_refused_at_load(tmp_path: Path) -> None:
+    checkpoint = get_model("imagereward").random_checkpoint(tmp_path)
+    assert checkpoint.weights is not None
+    settings = Settings(models={"imagereward": ModelSettings(weights=checkpoint.weights, sha256="0" * 64)})
+    refused = worker_options("imagereward", settings.models["imagereward"], settings, CPU).load
+    with pytest.raises(WeightsError, match="expected 0000"):
+        load_model("imagereward", refused)
+    right = hashlib.sha256(Path(checkpoint.weights).read_bytes()).hexdigest()
+    load_model("imagereward", replace(refused, sha256=right))
