@@ -32,7 +32,14 @@ from models.base import (
     WeightSource,
 )
 from models.parity_recipe import fill, write_checkpoint
-from models.preprocessing import clip_preprocess_tensor, crop_offset, normalize, resized_size, to_uint8_tensor
+from models.preprocessing import (
+    clip_preprocess_tensor,
+    crop_offset,
+    cut_far_ends,
+    normalize,
+    resized_size,
+    to_uint8_tensor,
+)
 from models.registry import register
 from models.weights import fit, hash_tensors, load_checkpoint, obtain
 
@@ -169,6 +176,7 @@ def imagereward_preprocess(image: PILImage.Image, size: int = 224) -> Tensor:
     The published order: PIL resizes palette and two-level images by the nearest neighbour, and weighs colours by alpha,
     which the conversion then drops. Raises :class:`InputError` for a mode that PIL cannot convert.
     """
+    image = cut_far_ends(image)
     height, width = resized_size(image.height, image.width, size)
     top, left = crop_offset(height, size), crop_offset(width, size)
     image = image.resize((width, height), PILImage.Resampling.BICUBIC)

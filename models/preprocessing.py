@@ -53,6 +53,28 @@ def crop_offset(length: int, size: int, rounding: CropRounding = "torchvision") 
     return round(margin / 2) if rounding == "torchvision" else margin // 2
 
 
+LONGEST_STRIP = 64
+"""Sides of an image longer than this many of the other's are cut down to it before a centre crop resizes them."""
+
+
+def without_far_ends(height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the part of an image that is resized before a centre crop: nearly always all of it.
+
+    A strip of pixels would grow to hundreds of megabytes of which the crop keeps a square. Beyond 64:1 its ends are cut
+    off first; what is left may then lie a fraction of a pixel beside what the published code would have kept.
+    """
+    new_height, new_width = min(height, LONGEST_STRIP * width), min(width, LONGEST_STRIP * height)
+    return (height - new_height) // 2, (width - new_width) // 2, new_height, new_width
+
+
+def cut_far_ends(image: PILImage.Image) -> PILImage.Image:
+    """The image, or the middle of a very long strip: see :func:`without_far_ends`."""
+    top, left, height, width = without_far_ends(image.height, image.width)
+    if (height, width) == (image.height, image.width):
+        return image
+    return image.crop((left, top, left + width, top + height))
+
+
 def to_uint8_tensor(image: PILImage.Image) -> Tensor:
     """The pixels of an RGB image as uint8 [3, H, W] in memory of its own."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
@@ -63,7 +85,7 @@ def clip_preprocess(image: PILImage.Image, size: int = 224, rounding: CropRoundi
 
     Alpha is dropped, as CLIP's own code does; the service lays images over white before.
     """
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = cut_far_ends(image if image.mode == "RGB" else image.convert("RGB"))
     height, width = resized_size(image.height, image.width, size)
     top, left = crop_offset(height, size, rounding), crop_offset(width, size, rounding)
     image = image.resize((width, height), PILImage.Resampling.BICUBIC)
@@ -77,15 +99,22 @@ def clip_preprocess_tensor(pixels_B3HW: Tensor, size: int = 224, rounding: CropR
     function itself: finite differences agree with them. Where a resized value overshoots [0, 1] it is cut off, and has
     no gradient.
     """
-    height, width = resized_size(pixels_B3HW.shape[-2], pixels_B3HW.shape[-1], size)
+    top, left, height, width = without_far_ends(*pixels_B3HW.shape[-2:])
+    resized = at_least_float32(pixels_B3HW[..., top : top + height, left : left + width])
+    height, width = resized_size(height, width, size)
     top, left = crop_offset(height, size, rounding), crop_offset(width, size, rounding)
-    resized = at_least_float32(pixels_B3HW)
-    # One axis after the other, because PIL cuts off between the passes.
-    for shape in ((resized.shape[-2], width), (height, width)):
-        if resized.shape[-2:] != shape:
-            resized = F.interpolate(resized, shape, mode="bicubic", align_corners=False, antialias=True)
-            resized = resized.clamp(-_CLAMP_SLACK, 1 + _CLAMP_SLACK)
+    resized = bicubic_tensor(resized, height, width)
     return resized[..., top : top + size, left : left + size]
+
+
+def bicubic_tensor(pixels_B3HW: Tensor, height: int, width: int) -> Tensor:
+    """PIL's bicubic resize without its rounding: float [B, 3, H, W] in [0, 1] -> [B, 3, height, width] in [0, 1]."""
+    # One axis after the other, because PIL cuts off between the passes.
+    for shape in ((pixels_B3HW.shape[-2], width), (height, width)):
+        if pixels_B3HW.shape[-2:] != shape:
+            pixels_B3HW = F.interpolate(pixels_B3HW, shape, mode="bicubic", align_corners=False, antialias=True)
+            pixels_B3HW = pixels_B3HW.clamp(-_CLAMP_SLACK, 1 + _CLAMP_SLACK)
+    return pixels_B3HW
 
 
 def normalize(
@@ -157,6 +186,10 @@ def fit_and_pad(pixels_B3HW: Tensor, size: int = 224) -> Tensor:
 def _interpolate(pixels_B3HW: Tensor, shape: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
     if pixels_B3HW.shape[-2:] == shape:
         return pixels_B3HW
+    height, width = shape
+    if width == 1:  # torch 2.14 on a CPU mixes up the rows of a single column; it resizes a single row rightly
+        lying = F.interpolate(pixels_B3HW.mT.contiguous(), (width, height), mode=mode, antialias=True)
+        return lying.mT
     return F.interpolate(pixels_B3HW, shape, mode=mode, align_corners=False, antialias=True)
 
 

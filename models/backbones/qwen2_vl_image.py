@@ -13,21 +13,17 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from PIL import Image as PILImage
 from torch import Tensor
 
 from models.base import InputError
-from models.preprocessing import at_least_float32, to_uint8_tensor
+from models.preprocessing import at_least_float32, bicubic_tensor, to_uint8_tensor
 
 PATCH_SIZE = 14
 MERGE_SIZE = 2
 TEMPORAL_PATCH_SIZE = 2
 FACTOR = PATCH_SIZE * MERGE_SIZE
 MAX_ASPECT_RATIO = 200
-
-# A flat white area interpolates to 1 + 1e-7; cutting that off would lose the gradient of every saturated pixel.
-_CLAMP_SLACK = 1e-5
 
 
 def smart_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -68,12 +64,7 @@ def resize_tensor(pixels_B3HW: Tensor, min_pixels: int, max_pixels: int) -> Tens
     Values that overshoot [0, 1] are cut off after each axis, as PIL does, and have no gradient.
     """
     height, width = smart_size(pixels_B3HW.shape[-2], pixels_B3HW.shape[-1], min_pixels, max_pixels)
-    resized = at_least_float32(pixels_B3HW)
-    for shape in ((resized.shape[-2], width), (height, width)):
-        if resized.shape[-2:] != shape:
-            resized = F.interpolate(resized, shape, mode="bicubic", align_corners=False, antialias=True)
-            resized = resized.clamp(-_CLAMP_SLACK, 1 + _CLAMP_SLACK)
-    return resized
+    return bicubic_tensor(at_least_float32(pixels_B3HW), height, width)
 
 
 def patchify(pixels_BCHW: Tensor) -> Tensor:
