@@ -6,7 +6,7 @@ PORT ?= 8000
 FIXTURES ?= tests/fixtures
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check format test test-full demo serve bench parity shapes-weights policy-weights k8s-check clean
+.PHONY: help install check format test test-full demo serve bench bench-models parity shapes-weights policy-weights k8s-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +42,9 @@ serve: $(STAMP)  ## start the service with the embedded models (PORT=8000)
 
 bench: $(STAMP)  ## throughput over the offline limit, overload, exactness: ratios in one run
 	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+bench-models: $(STAMP)  ## images per second of every reward model at its true size (random weights; half an hour)
+	$(BIN)/python -m benchmarks.reward_models $(ARGS)
 
 parity: $(STAMP)  ## put a folder of oracle numbers through the product (FIXTURES=DIR; FULL=1: true-size models too)
 	$(BIN)/python -m models.parity $(FIXTURES) $(if $(FULL),--full)

@@ -27,7 +27,7 @@ import models.catalog  # noqa: F401  (registers the reward models)
 from benchmarks import report, samples
 from benchmarks.measures import kendall_tau, ratio
 from benchmarks.plan import Plan
-from models.base import Candidate, CheckpointSize, LoadOptions, Output, Sample
+from models.base import Candidate, CheckpointSize, LoadOptions, Output, Sample, SampleError
 from models.registry import get_model, list_models
 from service.engine.engine import Engine
 from service.engine.request import Made, Maker
@@ -39,7 +39,6 @@ GROUPS = 2
 TOO_LARGE = {"hpsv3": "8.3 billion weights: 17 GB in bfloat16"}
 """Left out unless named: their full size does not fit every machine."""
 SHARED = ("clip-score", "aesthetic")
-ANY = Candidate(text="replaced by a photograph")
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,15 @@ class Speed:
 def makers(engine: Engine, name: str, photos: Sequence[PILImage.Image], prompt_number: int) -> list[Maker]:
     """Samples of ``photos`` under one caption; under ids of their own, so that no feature cache holds them."""
     model = engine.workers[name].model
-    canary = model.canary() if "metadata" in model.info.inputs else Sample(samples.caption(prompt_number), ANY)
+    template = Sample(samples.caption(prompt_number), Candidate(image=photos[0]))
+    try:
+        model.prepare(template)
+    except SampleError:  # it wants metadata, or prompts of its own kind
+        template = model.canary()
 
     def make(photo: PILImage.Image, place: int) -> Maker:
         candidate = Candidate(image=photo, digest=f"{prompt_number}/{place}/{time.monotonic_ns()}")
-        return lambda: Made(Sample(canary.prompt, candidate, metadata=canary.metadata))
+        return lambda: Made(Sample(template.prompt, candidate, metadata=template.metadata))
 
     return [make(photo, place) for place, photo in enumerate(photos)]
 
@@ -180,7 +183,7 @@ def main(
             progress.update(task, description="two rewards on one tower")
             with tempfile.TemporaryDirectory() as folder:
                 shared = asyncio.run(sharing(_one_tower(Path(folder), size), photos))
-    table = Table(*HEADER)
+    table = Table(*HEADER, box=None)
     for row in rows:
         table.add_row(*row)
     console.print(table)
