@@ -47,7 +47,7 @@ bench-models: $(STAMP)  ## images per second of every reward model at its true s
 	$(BIN)/python -m benchmarks.reward_models $(ARGS)
 
 parity: $(STAMP)  ## put a folder of oracle numbers through the product (FIXTURES=DIR; FULL=1: true-size models too)
-	$(BIN)/python -m models.parity $(FIXTURES) $(if $(FULL),--full)
+	$(BIN)/python -m benchmarks.parity $(FIXTURES) $(if $(FULL),--full)
 
 shapes-weights: $(STAMP)  ## train shapes-clip again (deterministic, under 45 minutes on 2 cores)
 	$(BIN)/python -m models.shapes.train_clip

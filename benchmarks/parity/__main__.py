@@ -1,0 +1,46 @@
+"""The command: :mod:`models.parity`'s handlers and tables, and the trainer's cases beside them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+# Importing them registers their handlers.
+from benchmarks.parity import advantages, grpo, nft, refl, sampling  # noqa: F401
+from models import parity
+from models.parity import Report, Topic
+
+
+def merged(report: Report) -> Report:
+    """Topics of one name from the .npz files of one folder as one: these folders hold a file per case."""
+    together: dict[tuple[Path, str, float, str], list[Topic]] = {}
+    for path, topic in report.topics:
+        where = path.parent if path.suffix == ".npz" else path
+        together.setdefault((where, topic.name, topic.tolerance, topic.note), []).append(topic)
+    topics = tuple(
+        (where, Topic(name, sum(t.cases for t in found), parity.largest(t.error for t in found), tolerance, note))
+        for (where, name, tolerance, note), found in together.items()
+    )
+    return Report(topics, report.unhandled, report.left_out)
+
+
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """Compare, print, and return the exit status of :mod:`models.parity`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description="Compare with reference numbers.")
+    parser.add_argument("folder", type=Path, help="a fixtures folder")
+    parser.add_argument("--full", action="store_true", help="also models of the true size: gigabytes and minutes each")
+    options = parser.parse_args(arguments)
+    folder: Path = options.folder
+    if not folder.is_dir():
+        parser.error(f"{folder} is not a folder")
+    report = merged(parity.run(folder, full=options.full))
+    parity.show(report, console or Console())
+    return report.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
