@@ -14,7 +14,7 @@ help:  ## this list
 
 $(STAMP): pyproject.toml trainer_client/pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]' --editable ./trainer_client
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo,policy]' --editable './trainer_client[train]'
 	@touch $@
 
 install: $(STAMP)  ## create .venv with everything

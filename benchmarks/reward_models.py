@@ -38,6 +38,8 @@ GROUP = 8
 GROUPS = 2
 TOO_LARGE = {"hpsv3": "8.3 billion weights: 17 GB in bfloat16"}
 """Left out unless named: their full size does not fit every machine."""
+SAME = {"hpsv2.1": "hpsv2"}
+"""Left out unless named: other weights of the same network."""
 SHARED = ("clip-score", "aesthetic")
 
 
@@ -94,6 +96,7 @@ def settings(loads: dict[str, LoadOptions], dtype: str) -> Settings:
 
 async def speed(name: str, dtype: str, load: LoadOptions, photos: Sequence[PILImage.Image]) -> Speed:
     """Load one model in ``dtype`` and time it."""
+    photos = photos[: get_model(name).max_batch or GROUP]
     engine = Engine(settings({name: load}, dtype), Telemetry(), _fail)
     started = time.perf_counter()
     try:
@@ -165,7 +168,7 @@ def main(
 ) -> None:
     """Time the reward models; writes benchmarks/results/reward_models.md unless only some were asked for."""
     console = Console()
-    names = model or [name for name in list_models() if name not in TOO_LARGE]
+    names = model or [name for name in list_models() if name not in TOO_LARGE | SAME]
     if unknown := sorted(set(names) - set(list_models(hidden=True))):
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}", param_hint="--model")
     about = report.environment(Plan(), os.getloadavg()[0])

@@ -170,7 +170,8 @@ class RewardInfo:
     """What ``GET /models`` tells about a reward model. ``range`` is the usual one, not a bound, unless stated.
 
     ``weights`` says in a word where the weights come from; ``sources`` are the files to fetch, none for models whose
-    weights ship with a package. ``verified`` is false where something could not be checked against a published
+    weights ship with a package. ``options`` names what ``models.NAME.options`` may hold beside the roles of the
+    sources; anything else is refused. ``verified`` is false where something could not be checked against a published
     checkpoint; the description then says what.
     """
 
@@ -189,6 +190,7 @@ class RewardInfo:
     hidden: bool = False
     outputs: tuple[str, ...] = ()
     sources: tuple[WeightSource, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -354,7 +356,7 @@ class TowerReward(RewardModel):
     def prepare(self, sample: Sample) -> TowerInput:
         pixels = self.prepare_image(sample.image(self.info.name))
         tokens, warnings = self.prepare_text(sample.prompt)
-        return TowerInput(pixels, tokens, sample.candidate.digest, sample.prompt, warnings)
+        return TowerInput(pixels, tokens, sample.candidate.digest, text_digest(sample.prompt), warnings)
 
     @torch.inference_mode()
     def run(self, batch: Sequence[TowerInput]) -> list[Output | SampleError]:
@@ -367,6 +369,11 @@ class TowerReward(RewardModel):
             for place, output in zip(places, unpack(head, [entry.warnings for entry in entries]), strict=True):
                 results[place] = output
         return [result for result in results if result is not None]
+
+
+def text_digest(text: str) -> str:
+    """Names a prompt in few bytes: caches keep the names of many."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def by_shape(batch: Sequence[TowerInput]) -> list[list[int]]:

@@ -41,6 +41,7 @@ class BenchClip(ClipReward):
         weights_bytes=PARAMETERS * 4,
         differentiable=True,
         hidden=True,
+        options=("seed",),
     )
 
     @classmethod

@@ -53,6 +53,7 @@ class ClipScore(ClipReward):
         weights_bytes=PARAMETERS * 4,
         differentiable=True,
         sources=(SOURCES["vit-l-14"],),
+        options=("preprocessing", "architecture"),
     )
     cpu_batch: ClassVar[int | None] = LARGE_CPU_BATCH
 

@@ -86,10 +86,9 @@ PARAMETERS = 68_741_164 + 427_616_513
 
 def color_crop(image: PILImage.Image, detection: Detection) -> PILImage.Image:
     """What the colour is judged by: the box of the object, grey (#999) outside its mask. ``image`` is RGB."""
-    grey = PILImage.new("RGB", image.size, _GREY)
-    masked = PILImage.composite(image, grey, PILImage.fromarray(detection.mask))
     left, top, right, bottom = (int(edge) for edge in detection.box)
-    return masked.crop((left, top, right, bottom))
+    crop = image.crop((left, top, right, bottom))
+    return PILImage.composite(crop, PILImage.new("RGB", crop.size, _GREY), PILImage.fromarray(detection.mask))
 
 
 class ColorClassifier:
@@ -165,6 +164,7 @@ class Geneval(RewardModel):
         verified=False,
         outputs=("strict", "correct", "soft"),
         sources=(DETECTOR, CLIP),
+        options=("score", "relation_quirk"),
     )
 
     def __init__(
@@ -206,7 +206,7 @@ class Geneval(RewardModel):
         return LoadOptions(weights=str(detector), options={CLIP.role: str(clip)})
 
     def prepare(self, sample: Sample) -> GenevalInput:
-        """Raises :class:`InputError` for metadata that is not GenEval's (see ``parse_task``)."""
+        """Raises :class:`InputError` for metadata that is not GenEval's (see ``parse_task``) and for a long strip."""
         image = sample.image(self.info.name)
         task = parse_task(sample.metadata, self._classes)
         rgb = image if image.mode == "RGB" else image.convert("RGB")

@@ -33,6 +33,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 CONFIDENCE = 0.3
 COUNTING_CONFIDENCE = 0.9
 MAX_OBJECTS = 16
+MAX_ENTRIES = 32
+"""Most entries of include and of exclude. GenEval has two; a thousand relations of 16 objects take seconds to judge."""
 _EXTENT_SHARE = 0.1
 _AXIS_SHARE = 0.5
 
@@ -97,6 +99,7 @@ def parse_task(metadata: Mapping[str, Any], classes: Collection[str]) -> Task:
     tag = metadata.get("tag")
     if tag not in TAGS:
         raise InputError(f"metadata.tag must be one of {', '.join(TAGS)}", code="unknown_tag")
+    excluded = metadata.get("exclude")
     include = [
         _expectation(entry, index, classes) for index, entry in enumerate(_entries(metadata.get("include"), "include"))
     ]
@@ -104,7 +107,7 @@ def parse_task(metadata: Mapping[str, Any], classes: Collection[str]) -> Task:
         raise _invalid("include must not be empty")
     exclude = [
         _exclusion(entry, f"exclude[{index}]", classes)
-        for index, entry in enumerate(_entries(metadata.get("exclude") or [], "exclude"))
+        for index, entry in enumerate(_entries([] if excluded is None else excluded, "exclude"))
     ]
     return Task(tag, tuple(include), tuple(exclude))
 
@@ -116,6 +119,8 @@ def _invalid(message: str) -> InputError:
 def _entries(value: Any, name: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
         raise _invalid(f"{name} must be a list")
+    if len(value) > MAX_ENTRIES:
+        raise _invalid(f"{name} must have at most {MAX_ENTRIES} entries")
     return value
 
 

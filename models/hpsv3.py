@@ -68,8 +68,11 @@ CHAT = (
 IMAGE_TOKEN_ID, REWARD_TOKEN_ID = 151655, 151657
 """Of the published tokenizer once ``<|Reward|>`` is added to it."""
 
-TEXT_LENGTHS = (*range(64, 1025, 64), 2048, 4096, 8192, 16384)
+TEXT_LENGTHS = (*range(64, 1025, 64), 1536, 2048, 4096, 8192, 16384)
 """Padded lengths of a turn: the published context of 32768 tokens is never exceeded, with the image included."""
+MAX_TOKENS = 2048
+"""Default of the option ``max_tokens``: some 1500 tokens of prompt beside the instruction. Work grows with the turn,
+and a whole batch is padded to it: a prompt of 16 thousand tokens would hold up every other model on the device."""
 
 _LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _TINY = {
@@ -151,7 +154,9 @@ class Hpsv3Network(nn.Module):
     def assign(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
         """Take the tensors of :meth:`published_state`; each is cast on its own, and ``rm_head`` stays float32."""
         self.backbone.assign(tensors, dtype, device)
-        head = {name: tensors[f"rm_head.{name}"].to(device, torch.float32) for name in self.rm_head.state_dict()}
+        head = {
+            name: tensors[f"rm_head.{name}"].to(device, torch.float32, copy=True) for name in self.rm_head.state_dict()
+        }
         self.rm_head.load_state_dict(head, assign=True)
         self.rm_head.requires_grad_(False)
 
@@ -219,13 +224,17 @@ class Hpsv3(TowerReward):
         verified=False,
         outputs=("uncertainty",),
         sources=(WEIGHTS, TOKENIZER),
+        options=("config", "max_tokens"),
     )
     joint: ClassVar[bool] = True
     max_batch: ClassVar[int | None] = 8
     cpu_batch: ClassVar[int | None] = 2
 
-    def __init__(self, network: Hpsv3Network, tokenizer: RewardTokenizer, weights_hash: str) -> None:
+    def __init__(
+        self, network: Hpsv3Network, tokenizer: RewardTokenizer, weights_hash: str, max_tokens: int = MAX_TOKENS
+    ) -> None:
         """``weights_hash`` names the tensors, the tokenizer and the configuration."""
+        self.max_tokens = max_tokens
         self.network = network
         self.tokenizer = tokenizer
         self.weights_hash = weights_hash
@@ -241,9 +250,13 @@ class Hpsv3(TowerReward):
     def load(cls, options: LoadOptions) -> Hpsv3:
         """The published checkpoint with the tokenizer of Qwen2-VL (option ``tokenizer``: a folder or tokenizer.json).
 
-        The option ``config`` is that of :meth:`Hpsv3Network.load`. The backbone runs in ``options.dtype``. Raises
-        :class:`WeightsError` where a file is missing or does not fit.
+        The option ``config`` is that of :meth:`Hpsv3Network.load`; ``max_tokens`` the longest turn that is scored, text
+        only. The backbone runs in ``options.dtype``. Raises :class:`WeightsError` where a file is missing or does not
+        fit, and ValueError for another value of ``max_tokens`` than 1 to 16384.
         """
+        max_tokens = options.options.get("max_tokens", MAX_TOKENS)
+        if not isinstance(max_tokens, int) or not 1 <= max_tokens <= TEXT_LENGTHS[-1]:
+            raise ValueError(f"the option max_tokens of hpsv3 is 1 to {TEXT_LENGTHS[-1]}, not {max_tokens!r}")
         path = obtain(TOKENIZER, options, "hpsv3")
         path = path / "tokenizer.json" if path.is_dir() else path
         tokenizer = RewardTokenizer.load(path)
@@ -256,7 +269,7 @@ class Hpsv3(TowerReward):
             )
         config = json.dumps(beyond_tensors(network.backbone.config), sort_keys=True)
         parts = "|".join((tensors_hash, file_sha256(path), config))
-        return cls(network, tokenizer, HASH_PREFIX + hashlib.sha256(parts.encode()).hexdigest())
+        return cls(network, tokenizer, HASH_PREFIX + hashlib.sha256(parts.encode()).hexdigest(), max_tokens)
 
     @classmethod
     def random_checkpoint(cls, folder: Path, size: CheckpointSize = "tiny") -> LoadOptions:
@@ -290,11 +303,12 @@ class Hpsv3(TowerReward):
 
     def _tokenize(self, prompt: str) -> Tensor:
         ids = self.tokenizer.encode(chat_text(prompt))
-        length = next((length for length in TEXT_LENGTHS if length >= len(ids)), None)
-        if length is None:
+        if len(ids) > self.max_tokens:
             raise InputError(
-                f"the prompt and its instruction are {len(ids)} tokens; {TEXT_LENGTHS[-1]} fit", code="prompt_too_long"
+                f"the prompt and its instruction are {len(ids)} tokens; {self.max_tokens} are allowed",
+                code="prompt_too_long",
             )
+        length = next(length for length in TEXT_LENGTHS if length >= len(ids))
         padded = torch.full((length,), self.tokenizer.pad_id)
         padded[: len(ids)] = torch.tensor(ids)
         return padded

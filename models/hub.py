@@ -101,7 +101,8 @@ def download(source: HubSource, weights_dir: Path | None, files: Sequence[Remote
     """
     local_dir = weights_dir / source.folder if weights_dir else None
     path = Path()
-    for file in files:
+    # Indices first: a folder of which a fetch was ended halfway must not look complete.
+    for file in sorted(files, key=lambda file: not file.name.endswith(".index.json")):
         try:
             member = Path(hf_hub_download(source.repo, file.name, revision=source.revision, local_dir=local_dir))
         except Exception as exc:  # as in remote_files()

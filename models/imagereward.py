@@ -47,7 +47,7 @@ TEXT_LENGTHS = (12, 20, 35)
 REWARD_MEAN = 0.16717362830052426
 REWARD_STD = 1.0333394966054072
 WEIGHTS = WeightSource("hf:THUDM/ImageReward/ImageReward.pt")
-PARAMETERS = 446_665_441
+PARAMETERS = 446_665_953
 TINY = BlipConfig(vision_width=128, vision_layers=2, vision_hidden=256, text_width=64, text_layers=2, text_hidden=128)
 
 _IGNORED = tuple(f"blip.{name}" for name in UNUSED_TENSORS)
@@ -66,6 +66,22 @@ class Network(nn.Module):
 def _unfilled(config: BlipConfig) -> Network:
     with torch.device("meta"):  # neither memory nor random numbers for what is overwritten at once
         return Network(config)
+
+
+def refuse_cut_short(config: BlipConfig) -> None:
+    """Sizes come from the file: one that lacks the last layers of a tower would load as a smaller model, and score.
+
+    Raises :class:`WeightsError` where the widths are the published ones and the layers of one tower alone are not.
+    """
+    published = BlipConfig()
+    if (config.vision_width, config.text_width) != (published.vision_width, published.text_width):
+        return
+    found, wanted = (config.vision_layers, config.text_layers), (published.vision_layers, published.text_layers)
+    if found != wanted and (found[0] == wanted[0] or found[1] == wanted[1]):
+        raise WeightsError(
+            f"the weights are not those of imagereward: {found[0]} layers of the image tower and {found[1]} of the "
+            f"text encoder instead of {wanted[0]} and {wanted[1]}: the file is cut short"
+        )
 
 
 def checkpoint_shapes(config: BlipConfig) -> dict[str, list[int]]:
@@ -118,6 +134,7 @@ class ImageReward(TowerReward):
                 f"the weights know {config.vocabulary} tokens at {config.positions} places; "
                 f"prompts have {VOCABULARY_SIZE} at {TEXT_LENGTHS[-1]}"
             )
+        refuse_cut_short(config)
         network = _unfilled(config)
         fit(network.state_dict(), tensors, cls.info.name, _IGNORED)
         used = {name: tensors[name] for name in network.state_dict()}

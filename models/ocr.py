@@ -64,6 +64,8 @@ _RECOGNITION_MODEL = "PP-OCRv6_rec_small.onnx"
 # PaddleOCR's default, which the published reward used: images are never enlarged for detection. rapidocr's own default
 # (shortest side to 736) took 1.15 s for 512x256 on one thread, this one 0.16 s.
 _DETECTION_LONGEST_SIDE = 960
+# rapidocr shrinks larger images to this first, to multiples of 32, and fails where nothing is left of the short side.
+_LARGEST_SIDE = 2000
 
 
 def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
@@ -255,6 +257,7 @@ class OcrReward(RewardModel):
         weights=f"rapidocr wheel: {_DETECTION_MODEL}, {_RECOGNITION_MODEL}",
         weights_bytes=31_163_977,
         outputs=("distance",),
+        options=("threads", "normalisation", "recogniser", "dictionary"),
     )
 
     def __init__(self, engine: Engine, weights_hash: str = "", normalisation: Normalisation = "reference") -> None:
@@ -279,6 +282,9 @@ class OcrReward(RewardModel):
     def prepare(self, sample: Sample) -> OcrInput:
         image = sample.image(self.info.name)
         target = target_text(sample.prompt, sample.metadata)
+        long, short = max(image.size), min(image.size)
+        if long > _LARGEST_SIDE and round(int(short * _LARGEST_SIDE / long) / 32) == 0:
+            raise InputError("the image is too long and thin for the text recogniser", code="aspect_ratio")
         return OcrInput(image if image.mode == "RGB" else image.convert("RGB"), target)
 
     def run(self, batch: Sequence[OcrInput]) -> Sequence[Output | SampleError]:

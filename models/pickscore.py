@@ -51,6 +51,7 @@ class PickScore(ClipReward):
         weights_bytes=PARAMETERS * 4,
         differentiable=True,
         sources=(WEIGHTS,),
+        options=("scale",),
     )
     cpu_batch: ClassVar[int | None] = LARGE_CPU_BATCH
     divisor: ClassVar[float] = FLOW_GRPO_DIVISOR

@@ -142,7 +142,8 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+    # Filled on the device: a tensor made of numbers would be copied there and waited for.
+    return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
 def to_float_tensor(image: PILImage.Image) -> Tensor:

@@ -33,7 +33,7 @@ def list_models(*, hidden: bool = False) -> list[str]:
 def get_model(name: str) -> type[RewardModel]:
     """The class registered under ``name``; raises KeyError naming the known ones."""
     if name not in _REGISTRY:
-        raise KeyError(f"unknown reward model {name!r}; known: {', '.join(list_models(hidden=True))}")
+        raise KeyError(f"unknown reward model {name!r}; known: {', '.join(list_models())}")
     return _REGISTRY[name]
 
 
@@ -42,5 +42,16 @@ def get_info(name: str) -> RewardInfo:
 
 
 def load_model(name: str, options: LoadOptions | None = None) -> RewardModel:
-    """Build the model ``name``; raises KeyError for an unknown name and WeightsError for missing weights."""
-    return get_model(name).load(options or LoadOptions())
+    """Build the model ``name``.
+
+    Raises KeyError for an unknown name, ValueError for an option that the model does not have or cannot take, and
+    :class:`models.base.WeightsError` for missing or unfit weights.
+    """
+    model_class, options = get_model(name), options or LoadOptions()
+    info = model_class.info
+    known = {*info.options, *(source.role for source in info.sources if source.role != "weights")}
+    unknown = sorted(options.options.keys() - known)
+    if unknown:
+        has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise ValueError(f"{name} has no option {', '.join(map(repr, unknown))}; {has}")
+    return model_class.load(options)

@@ -70,7 +70,15 @@ def parse(text: str) -> Source:
         return _url(text)
     if "://" in text:
         raise WeightsError(f"{text!r} is not a source of weights: only hf: and https:// are fetched; {_FORMS}")
-    return LocalSource(Path(text).expanduser())
+    try:
+        return LocalSource(Path(text).expanduser())
+    except RuntimeError as exc:
+        raise WeightsError(f"{text!r} names no weights: this machine knows no such home") from exc
+
+
+def shown(text: str) -> str:
+    """A source as logs, messages and /models may show it: without the query of a URL, which may hold a token."""
+    return text.partition("?")[0] if text.startswith(("https:", "http:")) else text
 
 
 def _hub(text: str, rest: str) -> HubSource:
@@ -86,12 +94,12 @@ def _url(text: str) -> UrlSource:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port
     except ValueError as exc:
-        raise WeightsError(f"{text!r} is not a URL: {exc}") from exc
+        raise WeightsError(f"{shown(text)!r} is not a URL: {exc}") from exc
     if "@" in parts.netloc:
         raise WeightsError("a URL of weights holds no user name or password: it would be shown in logs and in /models")
     file = unquote(parts.path).lstrip("/")
     if not host or parts.fragment or not file or file.endswith("/") or not _is_plain(file):
-        raise WeightsError(f"{text!r} does not name a file at a URL; {_FORMS}")
+        raise WeightsError(f"{shown(text)!r} does not name a file at a URL; {_FORMS}")
     return UrlSource(text)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.base import LoadOptions, WeightsError, WeightSource
-from models.sources import HubSource, UrlSource, locate, looks_like_hub, parse, place, setting, shards
+from models.sources import HubSource, UrlSource, locate, looks_like_hub, parse, place, setting, shards, shown
 
 HASH_PREFIX = "sha256:"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -23,7 +23,7 @@ _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _ZIP = b"PK\x03\x04"
 _LFS_POINTER = b"version https://git-lfs"
 _HTML = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
-_WANTED_GLOBAL = re.compile(r"GLOBAL (\S+)")
+_WANTED_GLOBAL = re.compile(r"GLOBAL ([\w.<>]+)")
 
 
 def obtain(source: WeightSource, options: LoadOptions, model: str = "") -> Path:
@@ -52,8 +52,8 @@ def _obtain(source: WeightSource, options: LoadOptions, model: str) -> Path:
         return download(parsed, options.weights_dir, remote, named)
     if isinstance(parsed, UrlSource):
         raise WeightsError(
-            f"the weights {text} are not here: fetch them with `reward-service fetch {model or 'NAME'}`, put the file "
-            f"at {place(parsed, options.weights_dir)} by hand, or give the path of the file in {named}"
+            f"the weights {shown(text)} are not here: fetch them with `reward-service fetch {model or 'NAME'}`, put "
+            f"the file at {place(parsed, options.weights_dir)} by hand, or give the path of the file in {named}"
         )
     wanted = f" (a folder with {', '.join(source.files)})" if source.files else ""
     hint = f", or hf:{text} for the hub's" if looks_like_hub(text) else ""
@@ -66,7 +66,8 @@ def load_checkpoint(path: str | Path, nested: Sequence[str] = ()) -> dict[str, T
     ``path`` is a .safetensors file, a torch file (.pt, .pth, .bin, .ckpt), the index of a sharded one, or a folder with
     one of them. In torch files the tensors may be nested under one of the keys ``nested``, tried in this order, or lie
     flat; entries that are not tensors (epoch, arguments) are left out. Raises :class:`WeightsError` for a missing or
-    damaged file, a git-lfs pointer, a web page saved in place of the file, and a pickle that wants code.
+    damaged file, a git-lfs pointer, a web page saved in place of the file, a pickle that wants code, and tensors that
+    are not plain: sparse, quantised, without data or larger than the file's own numbers (repeated by strides).
     """
     path = checkpoint_file(Path(path))
     if path.name.endswith(".index.json"):
@@ -156,7 +157,7 @@ def _load_torch(path: Path) -> Any:
 
 def _why_refused(path: Path, reason: str) -> str:
     remedy = "get or convert it to .safetensors, which holds tensors alone"
-    wanted = _WANTED_GLOBAL.search(reason)
+    wanted = _WANTED_GLOBAL.search(reason)  # a printable word: other names do not match
     if wanted:
         return (
             f"the weights at {path} are refused: the pickle wants the code {wanted.group(1)}, and a pickle that may "
@@ -174,16 +175,30 @@ def _select(content: Any, nested: Sequence[str], path: Path) -> dict[str, Tensor
     for mapping in (*(content[key] for key in nested if isinstance(content.get(key), Mapping)), content):
         tensors = {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
         if tensors:
+            _refuse_what_is_not_plain(tensors, path)
             return tensors
     keys = ", ".join(repr(key) for key in list(content)[:5])
-    raise WeightsError(f"the weights at {path} hold no tensors, neither flat nor under {list(nested)}; keys: {keys}")
+    where = "at the top" + (f" or under {', '.join(nested)}" if nested else "")
+    raise WeightsError(f"the weights at {path} hold no tensors {where}; its keys: {keys or 'none'}")
+
+
+def _refuse_what_is_not_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A torch file may hold tensors that no model can be filled with, or a few bytes that unfold to terabytes."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            kind = "quantised" if tensor.is_quantized else "without data" if tensor.is_meta else "sparse"
+            raise WeightsError(f"the weights at {path} are of no use: {_some([name])} is {kind}; save plain tensors")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise WeightsError(f"the weights at {path} are refused: {_some([name])} repeats its numbers; save it whole")
 
 
 def fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str, ignore: Sequence[str] = ()) -> None:
-    """Check that ``tensors`` have the names and shapes of ``expected`` (a module's ``state_dict()``), dtypes aside.
+    """Check that ``tensors`` have the names and shapes of ``expected`` (a module's ``state_dict()``).
 
-    Names that match a glob of ``ignore`` may be missing and may be there without being known. Raises
-    :class:`WeightsError` naming missing, unknown and misshapen tensors.
+    Where a floating-point tensor is expected any of 16 bits and more will do; integers and float8, of which a quantised
+    copy of a model is made, would score nonsense without their scales. Names that match a glob of ``ignore`` may be
+    missing and may be there without being known. Raises :class:`WeightsError` naming missing, unknown, misshapen and
+    mistyped tensors.
     """
 
     def names(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[str]:
@@ -194,14 +209,30 @@ def fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: st
         for name, tensor in expected.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
-    found = (("missing", names(expected, tensors)), ("unknown", names(tensors, expected)), ("misshapen", misshapen))
+    mistyped = [
+        f"{name} {tensors[name].dtype} instead of {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in tensors and tensor.is_floating_point() and not _is_wide_float(tensors[name].dtype)
+    ]
+    found = (
+        ("missing", names(expected, tensors)),
+        ("unknown", names(tensors, expected)),
+        ("misshapen", misshapen),
+        ("mistyped", mistyped),
+    )
     problems = [f"{len(entries)} {kind} ({_some(entries)})" for kind, entries in found if entries]
     if problems:
         raise WeightsError(f"the weights are not those of {model}: {'; '.join(problems)}")
 
 
+def _is_wide_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
 def _some(entries: Sequence[str]) -> str:
-    return ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
+    """A few of them; names of somebody else's file may hold anything, such as sequences that steer a terminal."""
+    shown = [entry if entry.isprintable() else ascii(entry) for entry in entries[:3]]
+    return ", ".join(shown) + (", ..." if len(entries) > 3 else "")
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

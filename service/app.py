@@ -13,7 +13,7 @@ from service import errors
 from service.engine.engine import Engine
 from service.openapi import describe_bodies
 from service.process import exit_soon
-from service.routes import catalog, compare, gradient, health, score
+from service.routes import catalog, compare, compute, gradient, health, score
 from service.routes.common import Service, authorize
 from service.schemas import CompareRequest, GradientRequest, Problem, ScoreRequest
 from service.settings import Settings
@@ -50,6 +50,7 @@ def create_app(settings: Settings | None = None, on_fatal: Callable[[str], None]
     app.add_middleware(RequestMiddleware, telemetry=telemetry, on_error=errors.handle)
     for router in (score.router, compare.router, gradient.router, catalog.router):
         app.include_router(router, dependencies=[Depends(authorize)])
-    app.include_router(health.router)
+    for router in (health.router, compute.router):
+        app.include_router(router)
     describe_bodies(app, [ScoreRequest, CompareRequest, GradientRequest])
     return app

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from models.base import WeightsError
+from models.sources import shown
 
 ATTEMPTS = 4
 RETRY_S = 1.0
@@ -64,10 +65,10 @@ def _transfer(url: str, target: Path, console: Console) -> Path:
             except (_TryAgain, httpx.TransportError) as exc:
                 if attempt == ATTEMPTS:
                     reason = str(exc) or type(exc).__name__
-                    raise WeightsError(f"cannot fetch {url}: {reason} ({ATTEMPTS} attempts)") from exc
+                    raise WeightsError(f"cannot fetch {shown(url)}: {reason} ({ATTEMPTS} attempts)") from exc
                 time.sleep(RETRY_S * attempt)
             except httpx.HTTPError as exc:
-                raise WeightsError(f"cannot fetch {url}: {exc}") from exc
+                raise WeightsError(f"cannot fetch {shown(url)}: {exc}") from exc
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -112,13 +113,15 @@ def _refuse(url: str, response: httpx.Response) -> None:
     if status in BUSY:
         raise _TryAgain(f"HTTP {status}")
     if status in (401, 403):
-        raise WeightsError(f"cannot fetch {url}: access is refused (HTTP {status}); place the file by hand")
+        raise WeightsError(f"cannot fetch {shown(url)}: access is refused (HTTP {status}); place the file by hand")
     if not response.is_success:
-        raise WeightsError(f"cannot fetch {url}: HTTP {status}")
+        raise WeightsError(f"cannot fetch {shown(url)}: HTTP {status}")
     if url.startswith("https:") and response.url.scheme != "https":
-        raise WeightsError(f"cannot fetch {url}: it redirects to a plain http URL, which anyone on the way can change")
+        raise WeightsError(
+            f"cannot fetch {shown(url)}: it redirects to a plain http URL, which anyone on the way can change"
+        )
     if response.headers.get("content-type", "").startswith("text/html"):
-        raise WeightsError(f"cannot fetch {url}: it is a web page and not a file")
+        raise WeightsError(f"cannot fetch {shown(url)}: it is a web page and not a file")
 
 
 def _bar(console: Console) -> Progress:

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from models.base import LoadOptions, WeightsError, WeightSource
 from models.hub import RemoteFile, download, remote_files, remove
 from models.registry import get_info
-from models.sources import HubSource, UrlSource, locate, parse, place, setting
+from models.sources import HubSource, UrlSource, locate, parse, place, setting, shown
 from models.weights import HASH_PREFIX, checkpoint_file, file_sha256, obtain, verify_sha256
 from service.download import download_file
 from service.settings import Settings
@@ -37,7 +37,7 @@ def fetch_model(name: str, settings: Settings, tell: Tell, console: Console) -> 
         sha256 = expected.removeprefix(HASH_PREFIX).lower() if expected else None
         job = _Job(name, source, options, sha256, tell, console)
         path, state = _fetch(job)
-        tell(f"{job.label}: {state}\n  from {job.text}\n  at {path}")
+        tell(f"{job.label}: {state}\n  from {shown(job.text)}\n  at {path}")
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,16 @@ def _fetch_url(job: _Job, parsed: UrlSource) -> tuple[Path, str]:
     def check(path: Path) -> None:
         found_size, found = path.stat().st_size, file_sha256(path)
         if size and found_size != size:
-            raise WeightsError(f"{parsed.url} is not the expected file: {found_size} bytes, expected {size}")
+            raise WeightsError(f"{shown(parsed.url)} is not the expected file: {found_size} bytes, expected {size}")
         if job.sha256 not in (None, found):
-            raise WeightsError(f"{parsed.url} is not the expected file: sha256 {found}, expected {job.sha256}")
+            raise WeightsError(f"{shown(parsed.url)} is not the expected file: sha256 {found}, expected {job.sha256}")
 
     target = place(parsed, job.options.weights_dir)
     present = target.is_file()
     if present:
         check(target)
     else:
-        job.tell(f"{job.label}: fetching {parsed.url}")
+        job.tell(f"{job.label}: fetching {shown(parsed.url)}")
         download_file(parsed.url, target, check, job.console)
     checks = [name for name, is_checked in (("size", size), ("sha256", job.sha256)) if is_checked]
     verified = f"verified by {' and '.join(checks)}" if checks else "NOT VERIFIED"

@@ -20,6 +20,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from service.schemas import Weight
+
 Device = Literal["auto", "cpu", "cuda"] | str
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Invariance = Literal["exact", "fast"]
@@ -80,6 +82,19 @@ class QueueSettings(Section):
     max_deadline_ms: int = Field(600_000, ge=1)
 
 
+class ComputeSettings(Section):
+    """The answer to POST /compute, a form of request that cannot name reward models or hold a null."""
+
+    models: dict[str, Weight] = Field(
+        default_factory=dict,
+        max_length=32,
+        description="weights of loaded models in the reward; empty: the only loaded model, where there is just one",
+    )
+    null_rewards: bool = Field(
+        False, description="a sample without a score has the reward null, instead of refusing the whole request"
+    )
+
+
 class CacheSettings(Section):
     """Feature caches, bounded in bytes; 0 turns one off."""
 
@@ -95,7 +110,7 @@ class DrainSettings(Section):
 
 
 class _YamlSource(YamlConfigSettingsSource):
-    """The YAML file; its ``models`` give way as a whole to those of a stronger source, instead of being merged."""
+    """The YAML file; its ``models`` and ``compute.models`` give way as a whole to those of a stronger source."""
 
     def __init__(self, *args: Any, stronger: list[PydanticBaseSettingsSource], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,9 +118,17 @@ class _YamlSource(YamlConfigSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         values = super().__call__()
-        if any("models" in source() for source in self._stronger):
+        stronger = [source() for source in self._stronger]
+        if any("models" in given for given in stronger):
             values = {name: value for name, value in values.items() if name != "models"}
+        if isinstance(values.get("compute"), dict) and any("models" in _compute(given) for given in stronger):
+            values["compute"] = {name: value for name, value in values["compute"].items() if name != "models"}
         return values
+
+
+def _compute(given: dict[str, Any]) -> dict[str, Any]:
+    section = given.get("compute")
+    return section if isinstance(section, dict) else {}
 
 
 class Settings(BaseSettings):
@@ -145,6 +168,7 @@ class Settings(BaseSettings):
     show_hidden: bool = Field(False, description="list hidden models (benchmarks) in /models")
     limits: LimitSettings = Field(default_factory=LimitSettings)
     queue: QueueSettings = Field(default_factory=QueueSettings)
+    compute: ComputeSettings = Field(default_factory=ComputeSettings)
     caches: CacheSettings = Field(default_factory=CacheSettings)
     drain: DrainSettings = Field(default_factory=DrainSettings)
 
@@ -169,6 +193,13 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name} is a power of two, not {size}")
         return self
 
+    @field_validator("weights_dir")
+    @classmethod
+    def _weights_lie_in_a_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and value.exists() and not value.is_dir():
+            raise ValueError(f"{value} is not a folder")
+        return value
+
     @model_validator(mode="after")
     def _largest_request_fits(self) -> Settings:
         if self.limits.images_per_request > self.queue.max_cost:
@@ -176,6 +207,12 @@ class Settings(BaseSettings):
                 f"limits.images_per_request ({self.limits.images_per_request}) is more than queue.max_cost "
                 f"({self.queue.max_cost}): such a request could never be admitted"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compute_models_are_loaded(self) -> Settings:
+        if absent := sorted(set(self.compute.models) - set(self.models)):
+            raise ValueError(f"compute.models names {absent[0]!r}, which is not in models")
         return self
 
     @classmethod

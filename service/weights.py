@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models.base import LoadOptions, WeightsError, WeightSource
 from models.registry import get_info
-from models.sources import locate
+from models.sources import locate, shown
 from service.settings import ModelSettings, Settings
 
 
@@ -31,8 +31,8 @@ class Needed:
 
     @property
     def shown(self) -> str:
-        """The source without the query of a URL, which may hold a token."""
-        return self.source.partition("?")[0] if self.source.startswith("https:") else self.source
+        """The source as /models may show it."""
+        return shown(self.source)
 
 
 def load_options(name: str, settings: Settings) -> LoadOptions:

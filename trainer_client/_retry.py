@@ -56,76 +56,108 @@ class Attempt:
     stop_at: float | None
 
 
-class Attempts:
-    """The attempts of one call over one or several services.
-
-    After a retryable failure a service is left alone for its Retry-After plus a random time of up to
-    ``FIRST_BACKOFF * 2**n`` seconds (full jitter, capped), n being its failures in this call; the next attempt goes to
-    the service that is free first.
-    """
+class Budget:
+    """How long one call may take, shared by all its attempts at all services; and when it is spent."""
 
     def __init__(
         self,
-        services: Sequence[str],
         *,
-        first: int,
         deadline: float | None,
         patience: float,
         timeout: float,
         clock: Callable[[], float],
         random: Callable[[], float],
     ) -> None:
-        self._services = services
-        self._clock = clock
+        self.clock = clock
+        self.started = clock()
         self._random = random
         self._timeout = timeout
-        self._started = clock()
-        self._deadline_at = None if deadline is None else self._started + deadline
-        self._patience_at = self._started + patience
-        self._current = first % len(services)
-        self._free_at = [self._started] * len(services)
-        self._failures = [0] * len(services)
+        self._deadline_at = None if deadline is None else self.started + deadline
+        self._patience_at = self.started + patience
+        self._failures = 0
         self._last: RewardError | None = None
+        self._abandoned = False
 
-    def begin(self) -> Attempt:
-        """The next attempt; raises :class:`DeadlineExceeded` when no time is left for one."""
-        service = self._services[self._current]
+    def abandon(self) -> None:
+        """Make no further attempt: another part of the call has failed, and with it the call."""
+        self._abandoned = True
+
+    def attempt(self, service: str, at_most: float | None = None) -> Attempt:
+        """An attempt that begins now and may be silent for ``at_most`` seconds (None: the client's timeout).
+
+        Raises :class:`DeadlineExceeded` when no time is left for one.
+        """
+        if self._abandoned:
+            raise ConnectionFailed(f"{service}: not asked again, another part of the call has failed") from self._last
+        wait = self._timeout if at_most is None else min(at_most, self._timeout)
         if self._deadline_at is None:
-            timeout = httpx.Timeout(self._timeout, connect=min(CONNECT_TIMEOUT, self._timeout))
-            return Attempt(service, None, timeout, None)
-        remaining = self._deadline_at - self._clock()
+            return Attempt(service, None, httpx.Timeout(wait, connect=min(CONNECT_TIMEOUT, wait)), None)
+        remaining = self._deadline_at - self.clock()
         if remaining <= 0:
             raise DeadlineExceeded(self._summary("the deadline passed")) from self._last
-        wait = min(self._timeout, remaining + DEADLINE_GRACE)
+        wait = min(wait, remaining + DEADLINE_GRACE)
         timeout = httpx.Timeout(wait, connect=min(CONNECT_TIMEOUT, wait))
         return Attempt(service, max(1, int(remaining * 1000)), timeout, self._deadline_at + DEADLINE_GRACE)
 
-    def after(self, error: RewardError) -> float:
-        """Seconds to wait before the next attempt; raises ``error``, or DeadlineExceeded from it, if none is due."""
+    def backoff(self, failures: int) -> float:
+        """Seconds to leave a service alone after so many earlier failures: full jitter, doubling up to a cap."""
+        return min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0**failures) * self._random()
+
+    def failed(self, error: RewardError) -> None:
+        """Count a failed attempt; raises ``error`` if repeating cannot help."""
         if not isinstance(error, TransportError | Overloaded | DeadlineExceeded):
             raise error
         self._last = error
-        now = self._clock()
-        failed = self._current
-        backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** self._failures[failed])
-        retry_after = getattr(error, "retry_after", None) or 0.0
-        self._failures[failed] += 1
-        self._free_at[failed] = now + retry_after + backoff * self._random()
-        count = len(self._services)
-        self._current = min(range(count), key=lambda s: (self._free_at[s], (s - failed) % count))
-        next_at = max(now, self._free_at[self._current])
+        self._failures += 1
+
+    def wait(self, next_at: float, error: RewardError, whom: str) -> float:
+        """Seconds until ``next_at``; raises ``error``, or DeadlineExceeded from it, when that is too late."""
+        now = self.clock()
+        next_at = max(now, next_at)
         if self._deadline_at is not None and next_at >= self._deadline_at:
             raise DeadlineExceeded(self._summary(f"the deadline leaves no time to ask again ({error})")) from error
         if next_at >= self._patience_at:
             error.add_note(self._summary("patience ended"))
             raise error
-        logger.warning("%s; asking %s again in %.1f s", error, self._services[self._current], next_at - now)
+        logger.warning("%s; asking %s again in %.1f s", error, whom, next_at - now)
         return next_at - now
 
     def _summary(self, what: str) -> str:
-        failures = sum(self._failures)
-        tries = f"{failures} failed attempt{'' if failures == 1 else 's'}"
-        return f"{what} after {self._clock() - self._started:.1f} s and {tries}"
+        tries = f"{self._failures} failed attempt{'' if self._failures == 1 else 's'}"
+        return f"{what} after {self.clock() - self.started:.1f} s and {tries}"
+
+
+class Attempts:
+    """The attempts of one request at one or several replicas.
+
+    After a retryable failure a service is left alone for its Retry-After plus a random time of up to
+    ``FIRST_BACKOFF * 2**n`` seconds (full jitter, capped), n being its failures in this call; the next attempt goes to
+    the service that is free first. ``first`` is the index of the first to be asked; ``free_at`` says until when each
+    is better left alone (on the budget's clock).
+    """
+
+    def __init__(self, services: Sequence[str], budget: Budget, *, first: int, free_at: Sequence[float]) -> None:
+        self._services = services
+        self._budget = budget
+        self._current = first
+        self._free_at = list(free_at)
+        self._failures = [0] * len(services)
+
+    def begin(self) -> Attempt:
+        """The next attempt; raises :class:`DeadlineExceeded` when no time is left for one."""
+        return self._budget.attempt(self._services[self._current])
+
+    def after(self, error: RewardError) -> float:
+        """Seconds to wait before the next attempt; raises ``error``, or DeadlineExceeded from it, if none is due."""
+        self._budget.failed(error)
+        failed = self._current
+        retry_after = getattr(error, "retry_after", None) or 0.0
+        backoff = self._budget.backoff(self._failures[failed])
+        self._failures[failed] += 1
+        self._free_at[failed] = self._budget.clock() + retry_after + backoff
+        count = len(self._services)
+        self._current = min(range(count), key=lambda s: (self._free_at[s], (s - failed) % count))
+        return self._budget.wait(self._free_at[self._current], error, self._services[self._current])
 
 
 @contextmanager
@@ -164,10 +196,9 @@ def raise_for_status(service: str, answer: Answer) -> None:
         raise DeadlineExceeded(message)
     if status in (408, 502, 503, 504):  # 408: the upload took too long
         raise ServiceUnavailable(message, status=status, code=code, retry_after=hint)
-    if 400 <= status < 500:
-        raise RequestRejected(message, status=status, code=code, detail=detail, problem=problem)
-    if status >= 500:
-        raise ServiceFailed(message, status=status, code=code, detail=detail, problem=problem)
+    if status >= 400:
+        kind = RequestRejected if status < 500 else ServiceFailed
+        raise kind(message, service=service, status=status, code=code, detail=detail, problem=problem)
     raise ProtocolError(f"{service} answered {status} where 200 or an error was due")
 
 

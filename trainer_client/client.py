@@ -1,126 +1,56 @@
 """The reward client, sync and async: rewards over HTTP that are right or an error.
 
-Both clients share everything but the waiting: a call is built (``_calls``), its attempts are planned (``_retry``), its
-answer is checked (``_parse``).
+Both clients share everything but the waiting: a question is built (``_calls``), goes to the services that can answer it
+(``_flow``, ``routing``) in attempts (``_retry``), and its answers are checked (``_parse``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random as random_module
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Self, TypedDict, TypeVar, Unpack, get_args
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
+from trainer_client._base import BaseClient, Options
 from trainer_client._calls import (
-    MODELS_CALL,
     READY_CALL,
     Call,
     Items,
     Models,
     Pairs,
-    compare_call,
-    gradient_call,
-    score_call,
+    Question,
+    compare_question,
+    gradient_question,
+    score_question,
 )
-from trainer_client._retry import Answer, Attempt, Attempts, raise_for_status, transport_errors
-from trainer_client._wire import Content, Wire
-from trainer_client.errors import RewardError, TimedOut, TransportError
+from trainer_client._flow import Effect, Exchange, Flow, Sleep, ask, ask_models
+from trainer_client._retry import Answer, Attempt, raise_for_status, transport_errors
+from trainer_client.errors import TransportError
 from trainer_client.results import CompareResponse, GradientResponse, ModelInfo, ScoreResponse
 
 Result = TypeVar("Result")
 
 READY_TIMEOUT = 5.0
 """Seconds that a service may take to say whether it is ready."""
+_PARALLEL = 64
+"""Requests to different services that one sync client has on their way at the same time; all its calls together."""
 
 
-class _Options(TypedDict, total=False):
-    """The keyword arguments that both clients share; see :class:`RewardClient`."""
+class RewardClient(BaseClient):
+    """One or several reward services as Python calls; thread-safe; use it as a context manager.
 
-    api_key: str | None
-    wire: Wire
-    patience: float
-    timeout: float
-    clock: Callable[[], float]
-    random: Callable[[], float]
-
-
-class _BaseClient:
-    """What both clients share."""
-
-    def __init__(
-        self,
-        base_url: str | Sequence[str],
-        *,
-        api_key: str | None = None,
-        wire: Wire = "safetensors",
-        patience: float = 300.0,
-        timeout: float = 300.0,
-        clock: Callable[[], float] = time.monotonic,
-        random: Callable[[], float] = random_module.random,
-    ) -> None:
-        if wire not in get_args(Wire):
-            raise ValueError(f"wire is one of {get_args(Wire)}, not {wire!r}")
-        if not (patience >= 0 and timeout > 0):
-            raise ValueError(f"patience is at least 0 s and timeout positive, not {patience!r} and {timeout!r}")
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
-            raise ValueError("an API key is printable ASCII without surrounding blanks")
-        urls = [base_url] if isinstance(base_url, str) else list(base_url)
-        for url in urls:
-            if httpx.URL(url).scheme not in ("http", "https") or not httpx.URL(url).host:
-                raise ValueError(f"a service is addressed as http://host:port or https://host, not {url!r}")
-            if httpx.URL(url).userinfo:
-                raise ValueError("credentials belong into api_key, not into the address, which is shown in messages")
-        if not urls:
-            raise ValueError("at least one service is needed")
-        self._services = tuple(url.rstrip("/") for url in urls)
-        self._wire: Wire = wire
-        self._patience = patience
-        self._timeout = timeout
-        self._clock = clock
-        self._random = random
-        self._calls = itertools.count()
-        self._headers = {"User-Agent": "reward-trainer"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self._services)}, wire={self._wire!r})"
-
-    def _attempts(self, deadline: float | None) -> Attempts:
-        return Attempts(
-            self._services,
-            first=next(self._calls),
-            deadline=deadline,
-            patience=self._patience,
-            timeout=self._timeout,
-            clock=self._clock,
-            random=self._random,
-        )
-
-    def _headers_of(self, call: Call[Any], content: Content | None) -> dict[str, str]:
-        headers = {**self._headers, "Accept": f"{call.accept}, application/problem+json"}
-        if call.body is not None and content is not None:
-            headers |= {"Content-Type": call.body.content_type, "Content-Length": str(content.length)}
-        return headers
-
-    def _check_time(self, attempt: Attempt) -> None:
-        # httpx limits each read, not the whole answer: one that trickles in would outlive the deadline
-        if attempt.stop_at is not None and self._clock() > attempt.stop_at:
-            raise TimedOut(f"{attempt.service}: the answer was still arriving at the deadline")
-
-
-class RewardClient(_BaseClient):
-    """A reward service (or several equal ones) as Python calls; thread-safe; use it as a context manager.
-
-    ``base_url``: ``http://host:port``, or a list of them: calls take turns, and a service that fails is left for the
-    next. ``api_key`` is sent as a bearer key. ``wire``: "safetensors" (pixels as they are) or "json" (base64 PNG);
-    both are lossless. ``patience``: seconds for which a call is repeated while the service cannot be reached or is
-    overloaded; 0 asks once. ``timeout``: seconds of silence after which an attempt has failed. ``transport``,
-    ``clock``, ``sleep`` and ``random`` (in [0, 1)) replace httpx's transport, the monotonic clock and the like.
+    ``base_url``: ``http://host:port``, or a list of them. Several are asked for their models: each model of a call goes
+    to a service that has it, the services of one call work at the same time, replicas share the load, and one that
+    fails is left for another until it is back (it is asked at least once a minute). ``api_key`` is sent as a bearer
+    key. ``wire``: "safetensors" (pixels as they are) or "json" (base64 PNG); both are lossless. ``patience``: seconds
+    for which a call is repeated while a service cannot be reached or is overloaded; 0 asks once. ``timeout``: seconds
+    of silence after which an attempt has failed. ``fingerprints`` (those of :attr:`fingerprints` in an earlier run) are
+    insisted on, other models' are remembered at first use; where one changes, or replicas differ, calls raise
+    :class:`~trainer_client.FingerprintChanged` unless ``allow_fingerprint_change``. ``transport``, ``clock``, ``sleep``
+    and ``random`` (in [0, 1)) replace httpx's transport, the monotonic clock and the like.
 
     Calls raise :class:`~trainer_client.RewardError` (its tree is drawn in ``trainer_client.errors``) and, before
     anything is sent, TypeError or ValueError for arguments that make no sense. Calls share a pool of connections.
@@ -134,17 +64,18 @@ class RewardClient(_BaseClient):
         *,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
-        **options: Unpack[_Options],
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(base_url, **options)
         self._sleep = sleep
         self._http = httpx.Client(transport=transport)
+        self._pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="reward-client")
 
     def score(
         self, items: Items, models: Models, *, deadline: float | None = None, explain: bool = False
     ) -> ScoreResponse:
         """Scores of every candidate by every model and their weighted total; ``explain`` asks for ``details``."""
-        return self._perform(score_call(items, models, deadline, explain, self._wire))
+        return self._run(self._ask(lambda: score_question(items, models, deadline, explain, self._wire)))
 
     def compare(
         self,
@@ -157,19 +88,21 @@ class RewardClient(_BaseClient):
         deadline: float | None = None,
     ) -> CompareResponse:
         """Preferences among each item's candidates; ``both_orders`` shows each pair as (i, j) and as (j, i)."""
-        return self._perform(compare_call(items, model, pairs, both_orders, explain, deadline, self._wire))
+        return self._run(
+            self._ask(lambda: compare_question(items, model, pairs, both_orders, explain, deadline, self._wire))
+        )
 
     def gradient(self, items: Items, models: Models, *, deadline: float | None = None) -> GradientResponse:
         """Scores and d(total)/d(image) of images in [0, 1], sent as float32 unrounded, on either wire setting."""
-        return self._perform(gradient_call(items, models, deadline))
+        return self._run(self._ask(lambda: gradient_question(items, models, deadline)))
 
     def models(self) -> list[ModelInfo]:
-        """The reward models that the service offers."""
-        return self._perform(MODELS_CALL)
+        """The reward models that the service knows, loaded or not; of several services: those loaded, each once."""
+        return self._run(ask_models(self._routes, self._budget(None)))
 
     def ready(self) -> bool:
         """Whether a service answers and says that it is ready; asked once, not repeated."""
-        return any(self._is_ready(service) for service in self._services)
+        return any(self._is_ready(service) for service in self._routes.urls)
 
     def _is_ready(self, service: str) -> bool:
         attempt = Attempt(service, None, httpx.Timeout(READY_TIMEOUT), None)
@@ -179,40 +112,59 @@ class RewardClient(_BaseClient):
             return False
         return True
 
-    def _perform(self, call: Call[Result]) -> Result:
-        attempts = self._attempts(call.deadline)
+    def _run(self, flow: Flow[Result]) -> Result:
+        with self._meter.working():
+            return self._drive(flow)
+
+    def _drive(self, flow: Generator[Effect, Any, Result]) -> Result:
+        step, outcome = flow.send, None
         while True:
-            attempt = attempts.begin()
             try:
-                answer = self._exchange(call, attempt)
-                raise_for_status(attempt.service, answer)
-                return call.parse(answer)
-            except RewardError as error:
-                delay = attempts.after(error)
-            self._sleep(delay)
+                effect = step(outcome)
+            except StopIteration as finished:
+                result: Result = finished.value
+                return result
+            try:
+                step, outcome = flow.send, self._perform(effect)
+            except Exception as error:
+                step, outcome = flow.throw, error
+
+    def _perform(self, effect: Effect) -> Any:
+        if isinstance(effect, Exchange):
+            return self._exchange(effect.call, effect.attempt)
+        if isinstance(effect, Sleep):
+            self._meter.add(retries=1)
+            return self._sleep(effect.seconds)
+        if len(effect.flows) == 1:
+            return [self._drive(effect.flows[0])]
+        running = [self._pool.submit(self._run, flow) for flow in effect.flows]
+        wait(running, return_when=FIRST_EXCEPTION)
+        failed = [future.exception() for future in running if future.done() and future.exception() is not None]
+        if failed and failed[0] is not None:
+            effect.budget.abandon()  # a request that is on its way cannot be called back from here, only not repeated
+            raise failed[0]
+        return [future.result() for future in running]
 
     def _exchange(self, call: Call[Any], attempt: Attempt) -> Answer:
         content = None if call.body is None else call.body.render(attempt.deadline_ms)
-        request = httpx.Request(
-            call.method,
-            attempt.service + call.path,
-            headers=self._headers_of(call, content),
-            content=None if content is None else content.chunks(),
-            extensions={"timeout": attempt.timeout.as_dict()},
-        )
-        with transport_errors(attempt.service, content):
-            response = self._http.send(request, stream=True)
-            received = bytearray()
-            try:
-                for chunk in response.iter_bytes():
-                    received += chunk
-                    self._check_time(attempt)
-            finally:
-                response.close()
+        request = self._request(call, attempt, content, None if content is None else content.chunks())
+        received = bytearray()
+        try:
+            with transport_errors(attempt.service, content):
+                response = self._http.send(request, stream=True)
+                try:
+                    for chunk in response.iter_bytes():
+                        received += chunk
+                        self._check_time(attempt)
+                finally:
+                    response.close()
+        finally:
+            self._count(content, received)
         return Answer(response.status_code, response.headers, bytes(received))
 
     def close(self) -> None:
         """Close the connections."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._http.close()
 
     def __enter__(self) -> Self:
@@ -222,7 +174,7 @@ class RewardClient(_BaseClient):
         self.close()
 
 
-class AsyncRewardClient(_BaseClient):
+class AsyncRewardClient(BaseClient):
     """:class:`RewardClient` for asyncio: the same arguments, calls, results and errors; use it with ``async with``.
 
     Images are converted in the event loop's thread before the first await, so that what is sent is what was passed.
@@ -234,7 +186,7 @@ class AsyncRewardClient(_BaseClient):
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        **options: Unpack[_Options],
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(base_url, **options)
         self._sleep = sleep
@@ -244,7 +196,7 @@ class AsyncRewardClient(_BaseClient):
         self, items: Items, models: Models, *, deadline: float | None = None, explain: bool = False
     ) -> ScoreResponse:
         """See :meth:`RewardClient.score`."""
-        return await self._perform(score_call(items, models, deadline, explain, self._wire))
+        return await self._run(self._ask(lambda: score_question(items, models, deadline, explain, self._wire)))
 
     async def compare(
         self,
@@ -257,19 +209,21 @@ class AsyncRewardClient(_BaseClient):
         deadline: float | None = None,
     ) -> CompareResponse:
         """See :meth:`RewardClient.compare`."""
-        return await self._perform(compare_call(items, model, pairs, both_orders, explain, deadline, self._wire))
+        return await self._run(
+            self._ask(lambda: compare_question(items, model, pairs, both_orders, explain, deadline, self._wire))
+        )
 
     async def gradient(self, items: Items, models: Models, *, deadline: float | None = None) -> GradientResponse:
         """See :meth:`RewardClient.gradient`."""
-        return await self._perform(gradient_call(items, models, deadline))
+        return await self._run(self._ask(lambda: gradient_question(items, models, deadline)))
 
     async def models(self) -> list[ModelInfo]:
         """See :meth:`RewardClient.models`."""
-        return await self._perform(MODELS_CALL)
+        return await self._run(ask_models(self._routes, self._budget(None)))
 
     async def ready(self) -> bool:
         """See :meth:`RewardClient.ready`."""
-        return any([await self._is_ready(service) for service in self._services])
+        return any([await self._is_ready(service) for service in self._routes.urls])
 
     async def _is_ready(self, service: str) -> bool:
         attempt = Attempt(service, None, httpx.Timeout(READY_TIMEOUT), None)
@@ -279,36 +233,57 @@ class AsyncRewardClient(_BaseClient):
             return False
         return True
 
-    async def _perform(self, call: Call[Result]) -> Result:
-        attempts = self._attempts(call.deadline)
-        while True:
-            attempt = attempts.begin()
-            try:
-                answer = await self._exchange(call, attempt)
-                raise_for_status(attempt.service, answer)
-                return call.parse(answer)
-            except RewardError as error:
-                delay = attempts.after(error)
-            await self._sleep(delay)
+    async def answer(self, question: Question[Result]) -> Result:
+        """Ask a question that was built before, perhaps by another thread."""
+        return await self._run(ask(question, self._routes, self._budget(question.deadline)))
+
+    async def _run(self, flow: Flow[Result]) -> Result:
+        step, outcome = flow.send, None
+        try:
+            while True:
+                try:
+                    with self._meter.working():
+                        effect = step(outcome)
+                except StopIteration as finished:
+                    result: Result = finished.value
+                    return result
+                try:
+                    step, outcome = flow.send, await self._perform(effect)
+                except Exception as error:
+                    step, outcome = flow.throw, error
+        finally:
+            flow.close()  # after a cancellation: what the flow has counted must be uncounted now
+
+    async def _perform(self, effect: Effect) -> Any:
+        if isinstance(effect, Exchange):
+            return await self._exchange(effect.call, effect.attempt)
+        if isinstance(effect, Sleep):
+            self._meter.add(retries=1)
+            return await self._sleep(effect.seconds)
+        running = [asyncio.create_task(self._run(flow)) for flow in effect.flows]
+        try:
+            return await asyncio.gather(*running)
+        except BaseException:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            raise
 
     async def _exchange(self, call: Call[Any], attempt: Attempt) -> Answer:
         content = None if call.body is None else call.body.render(attempt.deadline_ms)
-        request = httpx.Request(
-            call.method,
-            attempt.service + call.path,
-            headers=self._headers_of(call, content),
-            content=None if content is None else content.async_chunks(),
-            extensions={"timeout": attempt.timeout.as_dict()},
-        )
-        with transport_errors(attempt.service, content):
-            response = await self._http.send(request, stream=True)
-            received = bytearray()
-            try:
-                async for chunk in response.aiter_bytes():
-                    received += chunk
-                    self._check_time(attempt)
-            finally:
-                await response.aclose()
+        request = self._request(call, attempt, content, None if content is None else content.async_chunks())
+        received = bytearray()
+        try:
+            with transport_errors(attempt.service, content):
+                response = await self._http.send(request, stream=True)
+                try:
+                    async for chunk in response.aiter_bytes():
+                        received += chunk
+                        self._check_time(attempt)
+                finally:
+                    await response.aclose()
+        finally:
+            self._count(content, received)
         return Answer(response.status_code, response.headers, bytes(received))
 
     async def aclose(self) -> None:

@@ -10,6 +10,8 @@
     ├── RequestRejected           4xx: the request itself is wrong, and was not repeated
     ├── ServiceFailed             500 and the like: a fault of the service, not repeated
     ├── ProtocolError             the service answered, but not with an answer to this request
+    ├── ModelNotOffered           none of several services has the model
+    ├── FingerprintChanged        a model's scores are no longer comparable with those before
     └── SamplesFailed             raise_for_errors() found samples without a score
 
 Wrong arguments (an image of an unknown kind, a weight that is not finite) raise ``TypeError`` or ``ValueError`` before
@@ -78,8 +80,11 @@ class DeadlineExceeded(RewardError):
 
 
 class _AnsweredWithError(RewardError):
-    def __init__(self, message: str, *, status: int, code: str, detail: str, problem: Mapping[str, Any]) -> None:
+    def __init__(
+        self, message: str, *, service: str, status: int, code: str, detail: str, problem: Mapping[str, Any]
+    ) -> None:
         super().__init__(message)
+        self.service = service
         self.status = status
         self.code = code
         self.detail = detail
@@ -89,8 +94,8 @@ class _AnsweredWithError(RewardError):
 class RequestRejected(_AnsweredWithError):
     """The service refused the request (4xx). Repeating it cannot help.
 
-    ``status`` is the HTTP status, ``code`` the service's stable code (``http_<status>`` where something else than the
-    service answered), ``detail`` its explanation and ``problem`` the whole RFC 9457 document.
+    ``service`` is its address, ``status`` the HTTP status, ``code`` the service's stable code (``http_<status>`` where
+    something else than the service answered), ``detail`` its explanation and ``problem`` the whole RFC 9457 document.
     """
 
 
@@ -100,6 +105,34 @@ class ServiceFailed(_AnsweredWithError):
 
 class ProtocolError(RewardError):
     """The service answered with something that is no answer to this request: never taken for a score."""
+
+
+class ModelNotOffered(RewardError):
+    """None of the services offers a model: ``models`` are those that are missing.
+
+    Raised only where several services are used; a single one answers 404, which is :class:`RequestRejected`.
+    """
+
+    def __init__(self, models: Sequence[str], services: Sequence[str]) -> None:
+        super().__init__(f"{', '.join(map(repr, models))}: offered by none of {', '.join(services)}")
+        self.models = tuple(models)
+
+
+class FingerprintChanged(RewardError):
+    """``service`` scores with another ``model`` than before, or than its replicas: ``old`` and ``new`` fingerprint.
+
+    Scores of the two are not comparable, and a run that mixed them would train on a moved target.
+    """
+
+    def __init__(self, *, model: str, old: str, new: str, service: str) -> None:
+        super().__init__(
+            f"{service}: {model!r} has fingerprint {new}, not {old} as before: its scores are not comparable "
+            "(allow_fingerprint_change=True accepts them)"
+        )
+        self.model = model
+        self.old = old
+        self.new = new
+        self.service = service
 
 
 class SamplesFailed(RewardError):

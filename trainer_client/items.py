@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, TypeVar
+
+from PIL import Image
 
 from trainer_client._images import ImageLike, iterate_images
 
@@ -106,3 +109,38 @@ def build_items(items: ItemLike | Sequence[ItemLike]) -> list[Item]:
     if not listed:
         raise ValueError("at least one item is needed")
     return [build(Item, item) for item in listed]
+
+
+def pixel_bytes(items: Sequence[Item]) -> int:
+    """Bytes of all images of ``items`` as uint8 [H, W, 3], counted without touching a pixel."""
+    return 3 * sum(_pixels(image) for item in items for image in _images(item))
+
+
+def _images(item: Item) -> Iterator[ImageLike]:
+    if item.images is not None:
+        yield from iterate_images(item.images)
+    for candidate in item.candidates or ():
+        yield from _images_of(build(Candidate, candidate))
+    if item.context is not None:
+        context = build(Context, item.context)
+        yield from (image for image in (context.image, context.mask) if image is not None)
+        yield from iterate_images(context.frames or ())
+    if isinstance(item.reference, Candidate | Mapping):
+        yield from _images_of(build(Candidate, item.reference))
+    elif item.reference is not None:
+        yield item.reference
+
+
+def _images_of(candidate: Candidate) -> Iterator[ImageLike]:
+    if candidate.image is not None:
+        yield candidate.image
+    yield from iterate_images(candidate.frames or ())
+
+
+def _pixels(image: ImageLike) -> int:
+    if isinstance(image, Image.Image):
+        return image.width * image.height
+    shape: tuple[int, ...] = tuple(getattr(image, "shape", ()))
+    # one axis of three, where there is one, holds the channels
+    channels = next((n for n in (shape[-1], shape[0]) if n in (1, 3)), 1) if len(shape) == 3 else 1
+    return math.prod(shape) // channels

@@ -5,6 +5,7 @@ The three responses are sequences with one entry per item, in the order asked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Self, TypeVar, overload
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer_client.errors import SampleFailure, SamplesFailed
+
+T = TypeVar("T")
 
 
 class MaskedArray(NamedTuple):
@@ -76,6 +79,7 @@ class _Item:
 class _Scored(_Item):
     scores: dict[str, list[float | None]]
     total: list[float | None]
+    warnings: list[list[SampleWarning]]
 
     def as_array(self, model: str | None = None) -> MaskedArray:
         """Scores [K] of ``model`` (None: the weighted total), NaN where failed, with the mask ``ok``.
@@ -235,3 +239,101 @@ class GradientResponse(_Response[ItemGradients]):
     def as_array(self, model: str | None = None) -> MaskedArray:
         """Scores of ``model`` (None: the total) of all items' images in one row, NaN where failed, and ``ok``."""
         return _concatenate(item.as_array(model) for item in self.results)
+
+
+@dataclass(frozen=True)
+class WireCounts:
+    """What a client has done so far.
+
+    ``requests`` sent, of which ``retries`` after a failure; ``bytes_sent`` and ``bytes_received`` of bodies;
+    ``cpu_seconds`` of this process for conversion, sending, reading and checking (an async client counts conversion
+    and checking only: the sockets are its event loop's).
+    """
+
+    requests: int = 0
+    retries: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    cpu_seconds: float = 0.0
+
+
+def merge_scores(weights: Mapping[str, float], parts: Sequence[ScoreResponse]) -> ScoreResponse:
+    """Answers about different models and the same items -> one; a total needs every score and is None without.
+
+    ``weights`` holds all the models, in the order in which the result has them.
+    """
+    merged = []
+    for items in zip(*parts, strict=True):
+        scores = _by_name(weights, [item.scores for item in items])
+        merged.append(
+            ItemScores(
+                scores,
+                _totals(weights, scores),
+                _merge_errors(items),
+                _merge_warnings(items),
+                outputs=_by_name(weights, [item.outputs for item in items]),
+                details=_by_name(weights, [item.details for item in items]),
+            )
+        )
+    return ScoreResponse(merged, _by_name(weights, [part.models for part in parts]), _slowest(parts))
+
+
+def merge_gradients(weights: Mapping[str, float], parts: Sequence[GradientResponse]) -> GradientResponse:
+    """As :func:`merge_scores`; the gradient of a total is the sum of the parts', which are weighted already."""
+    merged = []
+    for items in zip(*parts, strict=True):
+        scores = _by_name(weights, [item.scores for item in items])
+        totals = _totals(weights, scores)
+        gradients: list[npt.NDArray[np.float32] | None] = []
+        for k, total in enumerate(totals):
+            # a sample with every score has every part's total and gradient: the parser refuses other answers
+            shares = [gradient for item in items if (gradient := item.gradients[k]) is not None]
+            gradients.append(None if total is None else np.sum(shares, axis=0, dtype=np.float32))
+        merged.append(ItemGradients(scores, totals, _merge_errors(items), _merge_warnings(items), gradients))
+    return GradientResponse(merged, _by_name(weights, [part.models for part in parts]), _slowest(parts))
+
+
+def _by_name(weights: Mapping[str, float], parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    found = {name: value for part in parts for name, value in part.items()}
+    return {name: found[name] for name in weights if name in found}
+
+
+def _totals(weights: Mapping[str, float], scores: Mapping[str, Sequence[float | None]]) -> list[float | None]:
+    rows: list[list[float | None]] = [list(row) for row in zip(*(scores[name] for name in weights), strict=True)]
+    return [
+        None
+        if None in row
+        else math.fsum(weight * (score or 0.0) for weight, score in zip(weights.values(), row, strict=True))
+        for row in rows
+    ]
+
+
+def _merge_errors(items: Sequence[_Scored]) -> list[list[SampleFailure]]:
+    """Failures per candidate; one for every model of a part is for every model only if all parts have one."""
+    merged = []
+    for per_part in zip(*(item.errors for item in items), strict=True):
+        for_all = [[failure for failure in failures if failure.model is None] for failures in per_part]
+        if all(for_all):
+            merged.append(for_all[0])
+            continue
+        row = []
+        for item, failures in zip(items, per_part, strict=True):
+            for failure in failures:
+                named = item.scores if failure.model is None else [failure.model]
+                row += [SampleFailure(model, failure.code, failure.message) for model in named]
+        merged.append(row)
+    return merged
+
+
+def _merge_warnings(items: Sequence[_Scored]) -> list[list[SampleWarning]]:
+    """Warnings per candidate, each once: what is said of an image is said by every service that saw it."""
+    return [
+        list(dict.fromkeys(warning for warnings in per_part for warning in warnings))
+        for per_part in zip(*(item.warnings for item in items), strict=True)
+    ]
+
+
+def _slowest(parts: Sequence[ScoreResponse] | Sequence[GradientResponse]) -> dict[str, float]:
+    """Parts run side by side: each stage took as long as its slowest."""
+    stages = dict.fromkeys(stage for part in parts for stage in part.timing_ms)
+    return {stage: max(part.timing_ms.get(stage, 0.0) for part in parts) for stage in stages}

@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # open_clip takes seconds to import: a service without such m
     from open_clip.tokenizer import SimpleTokenizer
 
 
+LONGEST_KEPT = 64
+
+
 @cache
 def tokenizer() -> SimpleTokenizer:
     """open_clip's tokenizer with the vocabulary that ships in its wheel; used for its tables only."""
@@ -37,8 +40,17 @@ def encode(prompt: str, count: int) -> list[int]:
     return ids
 
 
-@lru_cache(maxsize=50_000)
 def _encode_word(word: str) -> tuple[int, ...]:
+    """Words of a usual length are kept: those of any length would make the bound of the cache meaningless."""
+    return _kept(word) if len(word) <= LONGEST_KEPT else _encoded(word)
+
+
+@lru_cache(maxsize=50_000)
+def _kept(word: str) -> tuple[int, ...]:
+    return _encoded(word)
+
+
+def _encoded(word: str) -> tuple[int, ...]:
     tables = tokenizer()
     if word in tables.encoder and word in tables.cache:  # <start_of_text>, <end_of_text>
         return (tables.encoder[word],)

@@ -190,9 +190,11 @@ def size_of(tensors: Mapping[str, Tensor], model: str) -> ClipSize:
 
     def shape(name: str, dimensions: int) -> torch.Size:
         tensor = tensors.get(name)
-        if tensor is None or tensor.ndim != dimensions:
+        if tensor is None or tensor.ndim != dimensions or 0 in tensor.shape:
             found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-            raise WeightsError(f"the weights are not those of {model}: {name} is {found}; {dimensions} axes expected")
+            raise WeightsError(
+                f"the weights are not those of {model}: {name} is {found}; {dimensions} axes expected, none of them empty"
+            )
         return tensor.shape
 
     vision_width, _, patch_size, _ = shape("visual.conv1.weight", 4)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
-from models.base import CheckpointSize, LoadOptions, ModelError, WeightsError
+from models.base import CheckpointSize, InputError, LoadOptions, ModelError, WeightsError
 from models.parity_recipe import fill, write_checkpoint
 from models.weights import hash_tensors, load_checkpoint, load_safetensors
 
@@ -46,8 +46,10 @@ COCO_CLASSES = (
 # fmt: on
 """The 80 classes of COCO's instances (Lin et al., 2014, arXiv:1405.0312), in its order."""
 MAX_CANDIDATES = 100
-# Masks of a 1024x1024 picture are 4 MiB each in float32, and there may be 100 of them.
-_MASKS_AT_ONCE = 16
+# There may be 100 masks, and one of a 4096x4096 picture is 64 MiB in float32.
+_PIXELS_AT_ONCE = 16 * 1024 * 1024
+# Of strips beyond this ratio nothing may be left of the short side when the long one is brought to a size.
+_NARROW = 32
 _SHARPNESS, _PREFERENCE = 6.0, 6.0
 
 Box = tuple[float, float, float, float]
@@ -56,7 +58,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One object: ``name`` of its class, ``confidence`` in [0, 1], box, and a bool mask [H, W] of the whole picture."""
+    """One object: ``name`` of its class, ``confidence`` in [0, 1], box, a bool mask [bottom - top, right - left]."""
 
     name: str
     confidence: float
@@ -100,9 +102,20 @@ class InstanceDetector:
         )
 
     def prepare(self, image: PILImage.Image) -> DetectorInput:
-        """Resized, normalised and padded as the checkpoint's processor says; any mode is converted to RGB."""
+        """Resized, normalised and padded as the checkpoint's processor says; any mode is converted to RGB.
+
+        Raises :class:`InputError` ("aspect_ratio") for a strip so long that nothing of its short side would be left.
+        """
         rgb = image if image.mode == "RGB" else image.convert("RGB")
-        features = self._processor(images=[rgb], return_tensors="pt")
+        try:
+            features = self._processor(images=[rgb], return_tensors="pt")
+        except ValueError as exc:  # it gives no other reason to tell by than the sizes
+            if max(rgb.size) < _NARROW * min(rgb.size):
+                raise
+            raise InputError(
+                f"the image is {image.width}x{image.height}: so narrow that the detector cannot look at it",
+                code="aspect_ratio",
+            ) from exc
         covered = features["pixel_mask"][0].bool()
         content = (int(covered.any(1).sum()), int(covered.any(0).sum()))
         return DetectorInput(features["pixel_values"][0].float(), content, (image.height, image.width))
@@ -152,15 +165,18 @@ def found_instances(
     candidates = best.indices[best.values > confidence]
     classes = probabilities.shape[1]
     detections: list[Detection] = []
-    for chunk in torch.split(candidates, _MASKS_AT_ONCE):
+    for chunk in torch.split(candidates, max(1, _PIXELS_AT_ONCE // (entry.size[0] * entry.size[1]))):
         logits = _enlarged(mask_logits_Qhw[chunk // classes], entry)
         masks = logits > 0
-        inside = (logits.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
+        inside = logits.sigmoid_().mul_(masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
         total = (probabilities.flatten()[chunk] * inside).tolist()
         labels = (chunk % classes).tolist()
         for label, score, mask in zip(labels, total, masks.cpu().numpy(), strict=True):
             if score > confidence:
-                detections.append(Detection(names[label], score, mask_box(mask), mask))
+                box = mask_box(mask)
+                left, top, right, bottom = (int(edge) for edge in box)
+                # A copy: a view would keep all masks at the picture's size alive.
+                detections.append(Detection(names[label], score, box, mask[top:bottom, left:right].copy()))
     return detections
 
 
@@ -184,6 +200,8 @@ def _configuration(folder: Path) -> tuple[Mask2FormerConfig, list[str]]:
     """The network's configuration, and the names of its classes in their order."""
     from transformers import Mask2FormerConfig
 
+    if not folder.is_dir():
+        raise WeightsError(f"the weights of a detector are a folder with {', '.join(FILES)}; {folder} is none")
     values = _json(folder / "config.json")
     if values.get("model_type") != "mask2former":
         raise WeightsError(f"the configuration in {folder} is of {values.get('model_type')!r}, not of a mask2former")
@@ -226,7 +244,8 @@ def _network(config: Mask2FormerConfig, tensors: Mapping[str, Tensor], dtype: to
         network, report = architecture.from_pretrained(
             None,
             config=config,
-            state_dict=dict(tensors),
+            # Copies, because a mapped file may be replaced or cut short while the service runs.
+            state_dict={name: tensor.clone() for name, tensor in tensors.items()},
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name

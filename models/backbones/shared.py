@@ -83,6 +83,16 @@ def _refuse_another_architecture(size: ClipSize, architecture: ClipArchitecture,
     for other in ARCHITECTURES.values():
         if other != architecture and size == other.published:
             raise WeightsError(f"{model} wants weights of {architecture.name}; these are of {other.name}")
+    published = architecture.published
+    for tower, (width, layers), (its_width, its_layers) in (
+        ("image", (size.vision_width, size.vision_layers), (published.vision_width, published.vision_layers)),
+        ("text", (size.text_width, size.text_layers), (published.text_width, published.text_layers)),
+    ):
+        # A file that lost its last layers would load as a smaller model.
+        if width == its_width and layers != its_layers:
+            raise WeightsError(
+                f"the weights are not those of {model}: the {tower} tower has {layers} layers, not {its_layers}"
+            )
     for width, head_width in (
         (size.vision_width, architecture.vision_head_width),
         (size.text_width, architecture.text_head_width),

@@ -78,8 +78,9 @@ def qwen2_vl_config(given: Config, vocabulary: int) -> Qwen2VLConfig:
 
     ``given`` is a mapping with the parts ``text`` and ``vision``, a mapping in the form of transformers' config.json,
     the path of such a file, or None for the 7B model. Raises :class:`WeightsError` for a file that cannot be read,
-    sizes of patches that are not Qwen2-VL's, and sliding windows of attention.
+    values of a wrong type, sizes of patches that are not Qwen2-VL's, and sliding windows of attention.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2VLConfig
 
     if isinstance(given, (str, Path)):
@@ -92,10 +93,13 @@ def qwen2_vl_config(given: Config, vocabulary: int) -> Qwen2VLConfig:
     parts = QWEN2_VL_7B if given is None else given
     if not isinstance(parts, Mapping):
         raise WeightsError(f"a config is a mapping or the path of a config.json, not {parts!r}")
-    if "text" in parts and "vision" in parts:
-        config = Qwen2VLConfig(text_config=_plain(parts["text"]), vision_config=_plain(parts["vision"]))
-    else:
-        config = Qwen2VLConfig.from_dict(_plain(parts))
+    try:
+        if "text" in parts and "vision" in parts:
+            config = Qwen2VLConfig(text_config=_plain(parts["text"]), vision_config=_plain(parts["vision"]))
+        else:
+            config = Qwen2VLConfig.from_dict(_plain(parts))
+    except (StrictDataclassError, TypeError, ValueError) as exc:
+        raise WeightsError(f"the config is not one of a Qwen2-VL: {' '.join(str(exc).split())}") from exc
     text, vision = sizes(config)
     text.vocab_size = vocabulary
     config._attn_implementation = "sdpa"
@@ -166,8 +170,11 @@ class Qwen2VLBackbone(nn.Module):
         self.eval().requires_grad_(False)
 
     def assign(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        """Take the tensors of the state dict, cast one by one; those that need no cast are used where they lie."""
-        placed = {name: tensors[name].to(device=device, dtype=dtype) for name in self.state_dict()}
+        """Take copies of the tensors of the state dict, cast one by one.
+
+        Copies, because a mapped file may be replaced or cut short while the service runs.
+        """
+        placed = {name: tensors[name].to(device=device, dtype=dtype, copy=True) for name in self.state_dict()}
         self.load_state_dict(placed, assign=True)
         self.requires_grad_(False).to(device)
 

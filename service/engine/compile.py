@@ -5,6 +5,9 @@ A score may not depend on its neighbours. A tensor forward gives the same row fo
 canonical shape, padded. On many machines smaller shapes give the very same bits; warm-up measures which, on random
 rows, and ``invariance: exact`` uses those too, because they answer a single image sooner. ``invariance: fast`` uses
 every power of two without asking.
+
+Compiling takes seconds to minutes, so it is done at start alone: rows of a shape that warm-up has not seen (images of
+another aspect ratio) run uncompiled, always, and so with the same bits at any time.
 """
 
 from __future__ import annotations
@@ -106,6 +109,7 @@ class BucketedFunction:
         self._plain = function
         self._function = function
         self._sizes: dict[tuple[torch.Size, ...], list[int]] = {}
+        self._warmed: set[tuple[torch.Size, ...]] = set()
         self._stager = Stager(device)
 
     def __call__(self, rows: Sequence[Row]) -> Tensor:
@@ -116,7 +120,8 @@ class BucketedFunction:
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
-                self._halve()  # and all rows again: those that had run belong to the old shape
+            self._halve()  # and all rows again: those that had run belong to the old shape
+            self._stop_compiling()  # callers are waiting: no time to compile another shape
 
     def _run_all(self, rows: Sequence[Row]) -> Tensor:
         usable = self._sizes.get(shapes_of(rows[0]), [self.micro_batch])
@@ -132,6 +137,7 @@ class BucketedFunction:
     def warm_up(self, rows: Sequence[Row]) -> None:
         """Compile and find the usable sizes for the shape of ``rows`` (at least ``micro_batch`` different ones)."""
         while True:
+            self._warmed.add(shapes_of(rows[0]))
             try:
                 if not self._tried and self._compile != "off":
                     self._try_compiled(rows)
@@ -140,7 +146,7 @@ class BucketedFunction:
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
-                self._halve()
+            self._halve()
 
     def _usable_sizes(self, rows: Sequence[Row]) -> list[int]:
         sizes = powers_of_two(self.micro_batch)
@@ -150,12 +156,14 @@ class BucketedFunction:
             return sizes
         canonical = self._run(rows, self.micro_batch)
         rotated = self._run([*rows[1:], *rows[:1]], self.micro_batch)
-        if not torch.equal(rotated, canonical.roll(-1, 0)):
+        # Numbers that are not finite equal nothing; the canary's score will tell.
+        if bool(torch.isfinite(canonical).all()) and not torch.equal(rotated, canonical.roll(-1, 0)):
             log.error(
                 "a row's bits depend on its place in the batch: rows run one by one", extra={"function": self.name}
             )
             self.micro_batch = 1
             self._sizes = {}
+            self._stop_compiling()
             return [1]
         # A compiled function is another kernel for every size: each would cost minutes, and hardly one would be equal.
         exact = [] if self.compiled else [size for size in sizes[:-1] if self._equal_bits(rows, size, canonical)]
@@ -172,7 +180,8 @@ class BucketedFunction:
 
     def _run(self, rows: Sequence[Row], size: int) -> Tensor:
         columns = zip(*(parts_of(row) for row in rows), strict=True)
-        features = self._function(*(self._stager.stage(column, size) for column in columns))
+        function = self._function if shapes_of(rows[0]) in self._warmed else self._plain
+        features = function(*(self._stager.stage(column, size) for column in columns))
         if features.shape[0] != size:
             raise ValueError(f"{self.name} gave {features.shape[0]} rows for a batch of {size}")
         # a replayed CUDA graph overwrites its output: what leaves here must own its memory
@@ -213,6 +222,10 @@ class BucketedFunction:
             },
         )
 
+    def _stop_compiling(self) -> None:
+        self._function = self._plain
+        self.compiled = False
+
     def _seconds(self, rows: Sequence[Row], repeats: int = 5) -> float:
         """Best time of one canonical batch."""
         best = float("inf")
@@ -225,8 +238,12 @@ class BucketedFunction:
         return best
 
     def _halve(self) -> None:
-        """Remember that a canonical batch does not fit. What was measured against it counts no longer."""
+        """Remember that a canonical batch does not fit. What was measured against it counts no longer.
+
+        To be called when the error is gone: its traceback holds the tensors of the forward that failed.
+        """
         self.micro_batch //= 2
+        self._warmed.clear()
         kept = powers_of_two(self.micro_batch) if self.invariance == "fast" else [self.micro_batch]
         self._sizes = dict.fromkeys(self._sizes, kept)
         self._stager.clear()

@@ -65,6 +65,9 @@ class Engine:
         """Load and warm every model of the settings; raises what the first failing model raised."""
         device = resolve_device(self.settings.device)
         use_compile_cache(self.settings.cache_dir)
+        if device.type == "cuda":
+            # Convolutions would otherwise round float32 to ten bits of mantissa, which matrix products do not.
+            torch.backends.cudnn.allow_tf32 = False
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
         for plugin in self.settings.plugins:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from service.telemetry import Telemetry
 
+ENTRY_BYTES = 1024
+"""What an entry costs beside its numbers: key, objects, and the granularity of the device's allocator."""
+
 
 class FeatureCache:
     """Least recently used features, bounded in bytes. Thread-safe. Keys hold everything that a feature depends on."""
@@ -35,7 +38,7 @@ class FeatureCache:
 
     def put(self, key: Hashable, feature: Tensor) -> None:
         """Keep ``feature`` (a tensor that owns its memory); one that is larger than the whole cache is not kept."""
-        size = feature.numel() * feature.element_size()
+        size = _size(feature)
         with self._lock:
             if size > self.max_bytes or key in self._entries:
                 return
@@ -43,7 +46,7 @@ class FeatureCache:
             self._bytes += size
             while self._bytes > self.max_bytes:
                 _, evicted = self._entries.popitem(last=False)
-                self._bytes -= evicted.numel() * evicted.element_size()
+                self._bytes -= _size(evicted)
             self._gauge.set(self._bytes)
 
     @property
@@ -52,3 +55,7 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _size(feature: Tensor) -> int:
+    return feature.numel() * feature.element_size() + ENTRY_BYTES

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ WARM_UP_S = 20.0
 """Measuring of small batches at start stops after this long: on a CPU a large tower takes seconds for each."""
 
 
+Result = TypeVar("Result")
 Answer = tuple[Output | SampleError, Tensor]
 """An output and the gradient of its score [3, H, W]."""
 
@@ -47,24 +49,42 @@ class TowerGradient:
         self._every_size = False
 
     def warm_up(self, prompt: str, pixels_3HW: Tensor) -> None:
-        """Find the sizes below ``micro_batch`` whose scores and gradients are those of a full batch, bit for bit."""
-        started = time.monotonic()
+        """Find the sizes below ``micro_batch`` whose scores and gradients are those of a full batch, bit for bit.
+
+        ``micro_batch`` is halved until a full batch fits into memory.
+        """
         tokens, _ = self.model.prepare_text(prompt)
         generator = torch.Generator().manual_seed(0)
         noise = torch.rand(self.micro_batch, *pixels_3HW.shape, generator=generator)
-        rows = [self._input(TowerInput(image, tokens, "", prompt)) for image in noise]
-        full = self._gradients(rows, self.micro_batch)
-        for size in powers_of_two(self.micro_batch)[:-1]:
-            if time.monotonic() - started > WARM_UP_S:
-                break
-            first = [self._input(row.entry) for row in rows[:size]]
-            last = [self._input(row.entry) for row in rows[-size:]]
-            if _equal(self._gradients(first, size), full[:size]) and _equal(self._gradients(last, size), full[-size:]):
-                self._small.append(size)
+        entries = [TowerInput(image, tokens, "", prompt) for image in noise]
+        self._small = self._halving(lambda: self._exact_sizes(entries[: self.micro_batch]))
         log.info(
             "usable gradient batch sizes",
             extra={"model": self.model.info.name, "sizes": [*self._small, self.micro_batch]},
         )
+
+    def _exact_sizes(self, entries: Sequence[TowerInput]) -> list[int]:
+        started = time.monotonic()
+        exact = []
+        full = self._gradients([self._input(entry) for entry in entries], self.micro_batch)
+        for size in powers_of_two(self.micro_batch)[:-1]:
+            if time.monotonic() - started > WARM_UP_S:
+                break
+            first = [self._input(entry) for entry in entries[:size]]
+            last = [self._input(entry) for entry in entries[-size:]]
+            if _equal(self._gradients(first, size), full[:size]) and _equal(self._gradients(last, size), full[-size:]):
+                exact.append(size)
+        return exact
+
+    def _halving(self, compute: Callable[[], Result]) -> Result:
+        """What ``compute`` gives, which is tried with smaller batches when memory runs out."""
+        while True:
+            try:
+                return compute()
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+            self.halve()  # the error is gone: its traceback held the tensors of the forward that failed
 
     def use_every_size(self) -> None:
         """Allow every power of two without asking whether it gives the same bits (``invariance: fast``)."""
@@ -75,9 +95,18 @@ class TowerGradient:
         """Remember that a full batch does not fit. What was measured against it counts no longer."""
         self.micro_batch //= 2
         self._small = powers_of_two(self.micro_batch)[:-1] if self._every_size else []
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("out of memory: halved", extra={"model": self.model.info.name, "micro_batch": self.micro_batch})
 
     def run(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
-        """``pixels`` are float32 [3, H, W] in [0, 1] here; sizes and token lengths may differ."""
+        """``pixels`` are float32 [3, H, W] in [0, 1] here; sizes and token lengths may differ.
+
+        Batches are halved until they fit into memory; torch.OutOfMemoryError when a single image does not.
+        """
+        return self._halving(lambda: self._run_all(batch))
+
+    def _run_all(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
         results: list[GradientResult | SampleError] = []
         for start in range(0, len(batch), self.micro_batch):
             results += self._chunk(batch[start : start + self.micro_batch])

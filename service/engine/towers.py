@@ -35,13 +35,23 @@ class TowerRunner:
     @property
     def shape(self) -> str:
         """What of the batch shape a score depends on (part of the fingerprint)."""
-        parts = [part for part in (self.images, self.texts, self.joint) if part is not None]
-        towers = "/".join(f"{part.micro_batch}{'c' if part.compiled else ''}" for part in parts)
+        towers = "/".join(f"{part.micro_batch}{'c' if part.compiled else ''}" for part in self._parts)
         return f"{towers}/{self.head_rows}:{self.images.invariance}"
+
+    @property
+    def _parts(self) -> list[BucketedFunction]:
+        return [part for part in (self.images, self.texts, self.joint) if part is not None]
 
     @torch.inference_mode()
     def warm_up(self, canary: TowerInput) -> None:
         """Compile, and measure usable shapes: random pixels of the canary's shape, prompts of each token length."""
+        while True:
+            before = [part.micro_batch for part in self._parts]
+            self._warm_up_parts(canary)
+            if [part.micro_batch for part in self._parts] == before:
+                return  # otherwise memory ran out, and shapes that had come before are of the old batch size
+
+    def _warm_up_parts(self, canary: TowerInput) -> None:
         generator = torch.Generator().manual_seed(0)
         pixels = []
         for _ in range(self.images.micro_batch):

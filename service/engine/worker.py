@@ -24,6 +24,7 @@ from models.base import (
     SampleError,
     TowerInput,
     TowerReward,
+    text_digest,
 )
 from models.preprocessing import to_uint8_tensor
 from models.registry import load_model
@@ -193,7 +194,7 @@ class Worker:
                 return self.model.prepare(sample)
             if job == "gradient" and isinstance(sample, TensorSample) and isinstance(self.model, TowerReward):
                 tokens, warnings = self.model.prepare_text(sample.prompt)
-                return TowerInput(sample.pixels, tokens, "", sample.prompt, warnings)
+                return TowerInput(sample.pixels, tokens, "", text_digest(sample.prompt), warnings)
         except SampleError:
             raise
         except Exception as error:
@@ -222,6 +223,7 @@ class Worker:
         if job == "score" and self._towers is None and len(payloads) > self.full:
             return self._halves(job, payloads)  # the batch has shrunk since these were taken
         self._alive()
+        shrunk = False
         try:
             outcomes = self._score(payloads) if job == "score" else self._run_gradient(payloads)
             if len(outcomes) != len(payloads):
@@ -230,29 +232,31 @@ class Worker:
         except Exception as error:
             if poisons_device(error):
                 raise DevicePoisoned(f"{self.name} poisoned its device: {error}") from error
-            if isinstance(error, torch.OutOfMemoryError) and self._shrink(job):
-                return self._bisect(job, payloads)
-            if len(payloads) == 1:
+            shrunk = isinstance(error, torch.OutOfMemoryError) and self._shrink(job)
+            if not shrunk and len(payloads) == 1:
+                if isinstance(error, SampleError):
+                    return [error]
                 log.exception("forward failed on one sample", extra={"model": self.name})
                 return [ModelError("the model failed on this sample")]
-            log.warning(
-                "batch failed, bisecting",
-                extra={"model": self.name, "size": len(payloads), "error": type(error).__name__},
-            )
-        return self._halves(job, payloads)
+            if not shrunk:
+                log.warning(
+                    "batch failed, bisecting",
+                    extra={"model": self.name, "size": len(payloads), "error": type(error).__name__},
+                )
+        # Not in the handler: the error's traceback holds what the failed batch had in memory.
+        return self._bisect(job, payloads) if shrunk else self._halves(job, payloads)
 
     def _halves(self, job: Job, payloads: Sequence[Any]) -> list[Outcome]:
         middle = len(payloads) // 2
         return [*self._bisect(job, payloads[:middle]), *self._bisect(job, payloads[middle:])]
 
     def _shrink(self, job: Job) -> bool:
-        """Halve the batch and remember it; False when it is one already (towers halve their own forwards)."""
-        if job == "gradient" and self._gradient is not None and self._gradient.micro_batch > 1:
-            self._gradient.halve()
-        elif job == "score" and self._towers is None and self.full > 1:
-            self._limit = self.full // 2
-        else:
+        """Halve the batch and remember it; False when it is one already. Towers and gradients halve their own."""
+        if job != "score" or self._towers is not None or self.full == 1:
             return False
+        self._limit = self.full // 2
+        if self.options.load.device.type == "cuda":
+            torch.cuda.empty_cache()
         log.warning("out of memory: halved", extra={"model": self.name, "job": job, "shape": self.shape})
         return True
 

@@ -213,6 +213,10 @@ def test_a_row_is_understood() -> None:
         (row("counting", CAT, exclude=[{"class": "cat", "count": "4"}]), "metadata_invalid", "exclude[0].count"),
         (row("counting", CAT, exclude=[CAT | {"color": "red"}]), "metadata_invalid", "metadata.exclude[0] "),
         (row("counting", CAT, exclude="cat"), "metadata_invalid", "metadata.exclude"),
+        (row("counting", *[CAT] * 33), "metadata_invalid", "metadata.include must have at most 32 entries"),
+        (row("counting", CAT, exclude=[CAT] * 33), "metadata_invalid", "metadata.exclude must have at most 32 entries"),
+        (row("counting", CAT, exclude={}), "metadata_invalid", "metadata.exclude"),
+        (row("counting", CAT, exclude=0), "metadata_invalid", "metadata.exclude"),
     ],
 )
 def test_bad_metadata_is_a_typed_error_that_names_the_field(metadata: dict[str, Any], code: str, where: str) -> None:
@@ -313,7 +317,9 @@ def rows(draw: st.DrawFn) -> dict[str, Any]:
         if index and draw(st.booleans()):
             entry["position"] = [draw(st.sampled_from(RELATIONS)), draw(st.integers(0, index - 1))]
         include.append(entry)
-    exclude = draw(st.lists(st.fixed_dictionaries({"class": st.sampled_from(CLASSES), "count": st.integers(1, 4)})))
+    exclude = draw(
+        st.lists(st.fixed_dictionaries({"class": st.sampled_from(CLASSES), "count": st.integers(1, 4)}), max_size=4)
+    )
     return {"tag": draw(st.sampled_from(TAGS)), "include": include, "exclude": exclude}
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -228,10 +229,18 @@ def test_a_long_prompt_is_read_to_its_end(tiny: Tiny) -> None:
     assert tiny.model.prepare_text(prompt)[1] == ()
 
 
-def test_a_prompt_beyond_the_context_is_a_typed_error(tiny: Tiny) -> None:
-    with pytest.raises(InputError, match="16384") as error:
-        tiny.model.prepare_text("x " * 20000)
+def test_a_prompt_that_would_hold_up_everything_is_a_typed_error_unless_it_is_allowed(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match="2048") as error:
+        tiny.model.prepare_text("x " * 4000)
     assert error.value.code == "prompt_too_long"
+    given = {**tiny.options.options, "max_tokens": 16384}
+    patient = Hpsv3.load(replace(tiny.options, options=given))
+    assert len(patient.prepare_text("x " * 4000)[0]) in TEXT_LENGTHS
+    with pytest.raises(InputError, match="16384"):
+        patient.prepare_text("x " * 20000)
+    for wrong in (0, 20000, "many"):
+        with pytest.raises(ValueError, match="max_tokens"):
+            Hpsv3.load(replace(tiny.options, options={**given, "max_tokens": wrong}))
 
 
 @pytest.mark.parametrize("token", [IMAGE_TOKEN, REWARD_TOKEN])
@@ -329,6 +338,16 @@ def test_a_torch_file_is_read_flat_or_nested(tiny: Tiny, tmp_path: Path, nested:
     found = Hpsv3.load(replace(tiny.options, weights=str(file)))
     assert found.weights_hash == tiny.model.weights_hash
     assert scores_of(found) == scores_of(tiny.model)
+
+
+def test_a_file_that_is_replaced_while_it_is_used_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    file = Path(shutil.copy(str(tiny.options.weights), tmp_path))
+    model = Hpsv3.load(replace(tiny.options, weights=str(file)))
+    before = model.run([model.prepare(model.canary())])
+    with file.open("r+b") as content:
+        content.seek(file.stat().st_size // 3)
+        content.write(bytes(file.stat().st_size // 2))
+    assert model.run([model.prepare(model.canary())]) == before
 
 
 def test_lm_head_is_not_needed_and_every_other_tensor_is(tiny: Tiny, tmp_path: Path) -> None:

@@ -17,7 +17,15 @@ from torchvision import transforms
 
 from models.backbones.blip import BlipConfig
 from models.base import Candidate, InputError, LoadOptions, Output, Sample, WeightsError
-from models.imagereward import REWARD_STD, TEXT_LENGTHS, TINY, ImageReward, checkpoint_shapes, imagereward_preprocess
+from models.imagereward import (
+    REWARD_STD,
+    TEXT_LENGTHS,
+    TINY,
+    ImageReward,
+    checkpoint_shapes,
+    imagereward_preprocess,
+    refuse_cut_short,
+)
 from models.preprocessing import OPENAI_STD
 from models.weights import load_checkpoint
 
@@ -243,6 +251,15 @@ def test_a_checkpoint_of_another_structure_is_refused(
 ) -> None:
     with pytest.raises(WeightsError, match=message):
         loaded(rewritten(checkpoint, tmp_path, {name: tensor}))
+
+
+@pytest.mark.parametrize("lost", [{"vision_layers": 23}, {"text_layers": 11}])
+def test_a_file_that_lacks_the_last_layers_of_a_tower_is_refused(lost: dict[str, int]) -> None:
+    """Of the published widths: at its size such a file is 1.8 GB, so only its sizes are looked at here."""
+    with pytest.raises(WeightsError, match="cut short"):
+        refuse_cut_short(BlipConfig(**lost))
+    for whole in (BlipConfig(), TINY, BlipConfig(vision_layers=2, text_layers=2)):
+        refuse_cut_short(whole)
 
 
 def test_missing_weights_name_the_setting(tmp_path: Path) -> None:

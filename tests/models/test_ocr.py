@@ -338,3 +338,15 @@ def test_loads_without_network_and_without_a_word() -> None:
         [sys.executable, "-c", LOADS_QUIETLY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(("size", "readable"), [((4000, 33), False), ((4000, 34), True), ((17, 3401), False)])
+def test_a_strip_of_which_the_recogniser_leaves_nothing_is_refused(size: tuple[int, int], readable: bool) -> None:
+    model = OcrReward.load(LoadOptions())
+    sample = Sample('a sign that says "OK"', Candidate(image=Image.new("RGB", size, "white")))
+    if readable:
+        assert isinstance(model.run([model.prepare(sample)])[0], Output)
+        return
+    with pytest.raises(InputError) as error:
+        model.prepare(sample)
+    assert error.value.code == "aspect_ratio"

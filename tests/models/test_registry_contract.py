@@ -22,6 +22,7 @@ import models.catalog  # noqa: F401
 from models.base import (
     Candidate,
     LoadOptions,
+    ModelError,
     Output,
     Reward,
     RewardModel,
@@ -266,6 +267,14 @@ def test_missing_weights_name_their_source_and_their_setting(
         assert all(part in message for part in where[2:])
 
 
+def test_an_option_that_the_model_does_not_have_is_refused(loaded: Loaded) -> None:
+    """A typo would otherwise score with the defaults, under another fingerprint."""
+    name = loaded.model.info.name
+    options = {**loaded.options.options, "no_such_option": 1}
+    with pytest.raises(ValueError, match=f"{name} has no option 'no_such_option'"):
+        load_model(name, replace(loaded.options, options=options))
+
+
 def test_canary_is_scored_with_a_finite_number_and_the_outputs_named(model: RewardModel) -> None:
     (output,) = run(model, [model.canary()])
     assert isinstance(output.score, float)
@@ -320,7 +329,7 @@ def test_the_prompt_matters_exactly_where_the_model_says_so(model: RewardModel) 
 def test_a_prompt_that_is_cut_off_is_reported(model: RewardModel) -> None:
     """A tower that does not see a word at the end says so, and no other; what reads no tokens must take the prompt."""
     canary = model.canary()
-    words = canary.prompt + " lighthouse" * 500
+    words = canary.prompt + " lighthouse" * 120
     if not isinstance(model, TowerReward) or "prompt" not in model.info.inputs:
         assert is_sound(outcome(model, with_prompt(canary, words)))
         return
@@ -339,11 +348,14 @@ def test_a_prompt_without_words_has_a_score_or_a_typed_error(model: RewardModel,
     assert isinstance(result, Output) or "prompt" in model.info.inputs
 
 
-@pytest.mark.parametrize("size", [(16, 2000), (2000, 16), (1, 1)])
-def test_an_extreme_shape_has_a_score_or_a_typed_error(model: RewardModel, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(16, 2000), (2000, 16), (1, 1), (8192, 16), (17, 3401)])
+def test_an_extreme_shape_has_a_score_or_an_error_that_blames_the_image(
+    model: RewardModel, size: tuple[int, int]
+) -> None:
     canary = model.canary()
-    image = canary.image(model.info.name).resize(size)
-    assert is_sound(outcome(model, with_image(canary, image)))
+    result = outcome(model, with_image(canary, canary.image(model.info.name).resize(size)))
+    assert is_sound(result)
+    assert not isinstance(result, ModelError)  # which a client would retry
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])

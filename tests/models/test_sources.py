@@ -193,6 +193,26 @@ def test_of_a_repository_the_files_that_matter_are_downloaded(in_cache: bool, hu
     assert locate(source.source, weights_dir, ("*.pt",)) is None
 
 
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_a_repository_fetched_halfway_is_not_taken_for_complete(in_cache: bool, hub: Hub, tmp_path: Path) -> None:
+    weights_dir = None if in_cache else tmp_path / "weights"
+    index = json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    )
+    hub.repos["acme/sharded"] = {
+        "model-00001-of-00002.safetensors": b"1" * 2000,
+        "model-00002-of-00002.safetensors": b"2" * 2000,
+        "model.safetensors.index.json": index.encode(),
+    }
+    hub.stated["model-00002-of-00002.safetensors"] = b"3" * 2000
+    source = WeightSource("hf:acme/sharded")
+    with pytest.raises(WeightsError, match="was removed"):
+        obtain(source, options(weights_dir))
+    assert locate(source.source, weights_dir) is None
+    del hub.stated["model-00002-of-00002.safetensors"]
+    assert len(list_files(obtain(source, options(weights_dir)))) == 3
+
+
 def test_the_settings_override_each_role(tmp_path: Path) -> None:
     mine = put(tmp_path / "mine.pt")
     given = options(tmp_path, weights=str(mine), tower="hf:acme/mine/tower.pt")
@@ -261,6 +281,21 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path, use_hub: Callable
 def test_a_url_is_fetched_by_the_command_alone(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"`reward-service fetch aesthetic`.*h\.org/w\.pth.*models\.aesthetic\.we"):
         obtain(WeightSource("https://h.org/w.pth"), options(tmp_path), "aesthetic")
+
+
+def test_a_token_in_a_url_is_not_shown(tmp_path: Path) -> None:
+    source = WeightSource("https://example.org/w.pt?token=SECRET")
+    with pytest.raises(WeightsError, match=r"https://example\.org/w\.pt are not here") as caught:
+        obtain(source, LoadOptions(weights_dir=tmp_path))
+    assert "SECRET" not in str(caught.value)
+    with pytest.raises(WeightsError, match="does not name a file") as caught:
+        parse("https://example.org/?token=SECRET")
+    assert "SECRET" not in str(caught.value)
+
+
+def test_an_unknown_home_is_named() -> None:
+    with pytest.raises(WeightsError, match="~nobody-of-this-name"):
+        parse("~nobody-of-this-name/w.pt")
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:

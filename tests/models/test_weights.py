@@ -161,7 +161,10 @@ def test_what_is_not_a_tensor_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"state_dict": {"a": torch.zeros(1)}}, r"no tensors.*\['model'\]; keys: 'state_dict'"),
+        (
+            {"state_dict": {"a": torch.zeros(1)}},
+            r"no tensors at the top or under model; its keys: 'state_dict'",
+        ),
         ({"epoch": 3}, "no tensors.*keys: 'epoch'"),
         ({}, "no tensors"),
         ([torch.zeros(1)], "not tensors by name but a list"),
@@ -288,6 +291,41 @@ def test_missing_and_unknown_files_are_named(tmp_path: Path) -> None:
 
 def test_tensors_that_fit_pass_whatever_their_dtype() -> None:
     fit(tensors(), {name: tensor.double() for name, tensor in reversed(tensors().items())}, "a-model")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_quantised_copies_do_not_fit(dtype: torch.dtype) -> None:
+    with pytest.raises(WeightsError, match=rf"1 mistyped \(a {dtype} instead of torch\.float32\)"):
+        fit({"a": torch.zeros(2, 2)}, {"a": torch.zeros(2, 2).to(dtype)}, "m")
+
+
+def test_names_of_a_foreign_file_cannot_steer_the_terminal() -> None:
+    with pytest.raises(WeightsError) as caught:
+        fit({}, {"a\n\x1b[31mb": torch.zeros(1)}, "m")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.eye(3).to_sparse(), "w is sparse"),
+        (torch.zeros(3, device="meta"), "w is without data"),
+        (torch.zeros(1).expand(10**12), "w repeats its numbers"),
+    ],
+)
+def test_tensors_that_are_not_plain_are_refused(tensor: torch.Tensor, words: str, tmp_path: Path) -> None:
+    torch.save({"good": torch.zeros(2), "w": tensor}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=words):
+        load_checkpoint(tmp_path / "w.pt")
+
+
+def test_views_of_a_shared_storage_are_loaded(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    torch.save({"whole": whole, "transposed": whole.T, "row": whole[1]}, tmp_path / "w.pt")
+    loaded = load_checkpoint(tmp_path / "w.pt")
+    assert torch.equal(loaded["transposed"], whole.T)
+    assert torch.equal(loaded["row"], whole[1])
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -93,6 +93,16 @@ def test_a_refused_file_leaves_nothing_behind(hub: Hub, tmp_path: Path) -> None:
     assert visible(tmp_path) == []
 
 
+@pytest.mark.usefixtures("no_wait")
+def test_a_token_in_the_url_is_not_shown(hub: Hub, tmp_path: Path) -> None:
+    hub.raw["/busy.pt"] = CONTENT
+    hub.busy["/busy.pt"] = 100
+    for name, words in (("absent.pt", "HTTP 404"), ("busy.pt", "HTTP 503")):
+        with pytest.raises(WeightsError, match=rf"cannot fetch \S+/{name}: {words}") as caught:
+            fetch_url(f"{hub.url}/{name}?token=SECRET", tmp_path / name)
+        assert "SECRET" not in str(caught.value)
+
+
 def test_a_folder_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"cannot write \S+/file/w\.pt"):

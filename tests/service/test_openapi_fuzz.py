@@ -50,8 +50,14 @@ def settings(examples: int) -> hypothesis.settings:
     )
 
 
-POST = [("/score", "POST", 60), ("/compare", "POST", 60), ("/gradient", "POST", 30)]
-GET = [("/models", "GET", 2), ("/health/live", "GET", 2), ("/health/ready", "GET", 2), ("/metrics", "GET", 2)]
+POST = [("/score", "POST", 60), ("/compare", "POST", 60), ("/gradient", "POST", 30), ("/compute", "POST", 30)]
+GET = [
+    ("/models", "GET", 2),
+    ("/health", "GET", 2),
+    ("/health/live", "GET", 2),
+    ("/health/ready", "GET", 2),
+    ("/metrics", "GET", 2),
+]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,8 @@ def test_the_document_describes_what_there_is(service: Live) -> None:
     """Every route, its three bodies, and problem documents for what can go wrong."""
     found = document(service)
     assert set(found["paths"]) == {
-        "/score", "/compare", "/gradient", "/models", "/health/live", "/health/ready", "/metrics",
+        "/score", "/compare", "/gradient", "/compute", "/models",
+        "/health", "/health/live", "/health/ready", "/metrics",
     }  # fmt: skip
     score = found["paths"]["/score"]["post"]
     assert set(score["requestBody"]["content"]) == {"application/json", "multipart/form-data", SAFETENSORS}

@@ -128,3 +128,11 @@ def test_an_empty_key_is_no_open_door(key: str) -> None:
 def test_a_secret_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Settings(api_keys_file=tmp_path / "nowhere").bearer_keys()
+
+
+def test_a_weights_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_text("")
+    with pytest.raises(ValueError, match="is not a folder"):
+        Settings(weights_dir=file)
+    assert Settings(weights_dir=tmp_path / "not yet there").weights_dir is not None

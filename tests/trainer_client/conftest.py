@@ -7,6 +7,7 @@ the one of higher mean is preferred; the gradient of the mean is the same everyw
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import math
@@ -92,13 +93,27 @@ Play = Callable[[Handler, Received], None]
 class RewardServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.received: list[Received] = []
         self.plays: deque[Play] = deque()
         self.default: Play = lambda handler, received: answer_well(handler, received, lambda answer: answer)
         self.released = threading.Event()
+        self.offered: dict[str, str] | None = None
+        self.factor = 1.0
+        self.connections: list[socket.socket] = []
         self.faults: list[BaseException | None] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def hang_up(self) -> None:
+        """End what is still connected, as the end of a process would."""
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # it was closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         fault = sys.exc_info()[1]
@@ -108,6 +123,10 @@ class RewardServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def asked(self, path: str = "/score") -> list[Received]:
+        """What arrived at ``path``."""
+        return [received for received in self.received if received.path == path]
 
     def play(self, *plays: Play) -> None:
         """Answer the next requests like this; those after them, well."""
@@ -185,31 +204,41 @@ def candidate_means(received: Received, i: int) -> list[float]:
 
 
 def answer_well(handler: Handler, received: Received, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """What a service says that has the models ``offered``, or (None) any model, of which it tells of one."""
+    server = handler.server
+    if received.request is not None and server.offered is not None:
+        asked = received.request.get("models", [received.request.get("model")])
+        if any(name not in server.offered for name in asked):
+            server.problem(404, "model_not_loaded")(handler, received)
+            return
     if received.path == "/models":
-        row = {
-            "name": "mean", "kind": "pointwise", "inputs": ["image"], "differentiable": True, "range": [0, 1],
-            "license": "Apache-2.0", "fingerprint": FINGERPRINT, "ready": True, "verified": True,
-        }  # fmt: skip
-        handler.answer(edit({"models": [row]}))
+        rows = [
+            {
+                "name": name, "kind": "pointwise", "inputs": ["image"], "differentiable": True, "range": [0, 1],
+                "license": "Apache-2.0", "fingerprint": fingerprint, "ready": True, "verified": True,
+            }
+            for name, fingerprint in (server.offered or {"mean": FINGERPRINT}).items()
+        ]  # fmt: skip
+        handler.answer(edit({"models": rows}))
     elif received.path == "/health/ready":
         handler.answer({"status": "ready"})
     elif received.path == "/compare":
-        handler.answer(edit(compare(received)))
+        handler.answer(edit(compare(received, server)))
     elif received.path == "/score":
-        handler.answer(edit(score(received)))
+        handler.answer(edit(score(received, server)))
     else:
-        answer = {"response": edit(score(received)), "tensors": gradients(received)}
+        answer = {"response": edit(score(received, server)), "tensors": gradients(received, server)}
         metadata = {"response": json.dumps(answer["response"])}
         body = safetensors.numpy.save(answer["tensors"], metadata)
         handler.answer(body, content_type="application/vnd.safetensors")
 
 
-def score(received: Received) -> dict[str, Any]:
+def score(received: Received, server: RewardServer) -> dict[str, Any]:
     assert received.request is not None
     models = received.request["models"]
     results = []
     for i in range(len(received.request["items"])):
-        means = candidate_means(received, i)
+        means = [server.factor * mean for mean in candidate_means(received, i)]
         results.append(
             {
                 "scores": {name: list(means) for name in models},
@@ -219,17 +248,21 @@ def score(received: Received) -> dict[str, Any]:
                 "warnings": [[] for _ in means],
             }
         )
-    identities = {name: {"fingerprint": FINGERPRINT, "dtype": "float32"} for name in models}
+    identities = {name: {"fingerprint": fingerprint(server, name), "dtype": "float32"} for name in models}
     return {"results": results, "models": identities, "timing_ms": {"decode": 1.0, "queue": 2.0, "forward": 3.0}}
 
 
-def gradients(received: Received) -> dict[str, np.ndarray]:
+def fingerprint(server: RewardServer, name: str) -> str:
+    return (server.offered or {}).get(name, FINGERPRINT)
+
+
+def gradients(received: Received, server: RewardServer) -> dict[str, np.ndarray]:
     assert received.request is not None
-    weight = sum(received.request["models"].values())
+    weight = server.factor * sum(received.request["models"].values())
     return {name: np.full(image.shape, weight / image.size, np.float32) for name, image in received.images.items()}
 
 
-def compare(received: Received) -> dict[str, Any]:
+def compare(received: Received, server: RewardServer) -> dict[str, Any]:
     assert received.request is not None
     results = []
     for i, item in enumerate(received.request["items"]):
@@ -259,7 +292,8 @@ def compare(received: Received) -> dict[str, Any]:
                 "warnings": [[] for _ in means],
             }
         )
-    model = {"name": received.request["model"], "fingerprint": FINGERPRINT, "dtype": "float32"}
+    name = received.request["model"]
+    model = {"name": name, "fingerprint": fingerprint(server, name), "dtype": "float32"}
     return {"results": results, "model": model, "timing_ms": {"forward": 3.0}}
 
 
@@ -286,16 +320,27 @@ class FakeTime:
         self.sleep(seconds)
 
 
-@pytest.fixture
-def server() -> Iterator[RewardServer]:
-    with RewardServer() as server:
+@contextlib.contextmanager
+def serving(offered: dict[str, str] | None = None, *, factor: float = 1.0, port: int = 0) -> Iterator[RewardServer]:
+    """A running server; ``factor`` is what its scores are multiplied by."""
+    with RewardServer(port) as server:
+        server.offered, server.factor = offered, factor
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server
-        server.released.set()
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.released.set()
+            server.shutdown()
+            server.hang_up()
+            thread.join()
     assert server.faults == []
+
+
+@pytest.fixture
+def server() -> Iterator[RewardServer]:
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

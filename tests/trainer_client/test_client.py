@@ -31,9 +31,9 @@ def test_exported_names():
     assert names == set(trainer_client.__all__)
     assert sorted(trainer_client.__all__) == [
         "AsyncRewardClient", "Candidate", "CompareResponse", "ComparisonResult", "ConnectionFailed", "Context",
-        "DeadlineExceeded", "GradientResponse", "Item", "ItemComparisons", "ItemGradients", "ItemScores",
-        "MaskedArray", "ModelIdentity", "ModelInfo", "Overloaded", "ProtocolError", "RequestRejected",
-        "RewardClient", "RewardError", "SampleFailure", "SampleWarning", "SamplesFailed", "ScoreResponse",
+        "DeadlineExceeded", "FingerprintChanged", "GradientResponse", "Item", "ItemComparisons", "ItemGradients",
+        "ItemScores", "MaskedArray", "ModelIdentity", "ModelInfo", "ModelNotOffered", "Overloaded", "ProtocolError",
+        "RequestRejected", "RewardClient", "RewardError", "SampleFailure", "SampleWarning", "SamplesFailed", "ScoreResponse",
         "ServiceFailed", "ServiceUnavailable", "TimedOut", "TransportError",
     ]  # fmt: skip
 

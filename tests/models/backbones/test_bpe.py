@@ -67,3 +67,10 @@ def test_reading_stops_when_there_are_enough_ids() -> None:
     some = bpe.encode(prompt, 75)
     assert 75 <= len(some) < 90
     assert some == REFERENCE.encode(prompt)[: len(some)]
+
+
+def test_long_words_are_not_kept() -> None:
+    """Thousands of them, each of the length of a prompt, would be gigabytes."""
+    bpe._kept.cache_clear()
+    bpe.encode("x" * bpe.LONGEST_KEPT + " " + "y" * (bpe.LONGEST_KEPT + 1), 10_000)
+    assert bpe._kept.cache_info().currsize == 1

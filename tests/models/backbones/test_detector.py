@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+import models.backbones.detector
 from models.backbones.detector import (
     COCO_CLASSES,
     Detection,
@@ -20,7 +22,7 @@ from models.backbones.detector import (
     mask_box,
     write_random_detector,
 )
-from models.base import LoadOptions, ModelError, WeightsError
+from models.base import InputError, LoadOptions, ModelError, WeightsError
 from models.parity_recipe import write_checkpoint
 from models.weights import load_safetensors
 
@@ -56,6 +58,14 @@ def found(detector: InstanceDetector, images: list[Image.Image], rows: int = 1) 
     results = detector.detect([detector.prepare(image) for image in images], [0.2] * len(images), rows)
     assert not any(isinstance(result, ModelError) for result in results)
     return [result for result in results if not isinstance(result, ModelError)]
+
+
+def whole_mask(detection: Detection, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The mask on a picture of ``size`` (width, height)."""
+    mask = np.zeros(size[::-1], dtype=np.bool_)
+    left, top, right, bottom = (int(edge) for edge in detection.box)
+    mask[top:bottom, left:right] = detection.mask
+    return mask
 
 
 def summary(detections: list[Detection]) -> list[tuple[str, tuple[float, ...], int]]:
@@ -124,10 +134,25 @@ def test_padding_is_cut_off_before_the_mask_is_enlarged() -> None:
     results = found_instances(torch.tensor([[9.0, 0.0]]), mask_logits, entry, ["thing"], 0.3)
     assert not isinstance(results, ModelError)
     (thing,) = results
-    assert thing.mask.shape == (150, 100)
     left, top, right, bottom = thing.box
+    assert thing.mask.shape == (bottom - top, right - left)
     assert (left, top, bottom) == (0, 0, 150)
     assert right == pytest.approx(50, abs=2)
+
+
+def test_masks_in_parts_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    class_logits = 4 * torch.randn(30, 6, generator=generator)
+    mask_logits = torch.randn(30, 7, 9, generator=generator)
+    entry = DetectorInput(torch.zeros(3, 14, 18), (14, 18), (40, 50))
+    results = []
+    for pixels in (1, 3 * 40 * 50, 10**9):
+        monkeypatch.setattr(models.backbones.detector, "_PIXELS_AT_ONCE", pixels)
+        found_now = found_instances(class_logits, mask_logits, entry, "abcde", 0.1)
+        assert not isinstance(found_now, ModelError)
+        results.append(summary(found_now))
+    assert len(results[0]) > 5
+    assert results[0] == results[1] == results[2]
 
 
 def test_a_box_holds_its_mask() -> None:
@@ -171,7 +196,14 @@ def test_results_do_not_depend_on_neighbours(detector: InstanceDetector) -> None
 @pytest.mark.parametrize("size", [(16, 2000), (2000, 16), (1, 1)])
 def test_extreme_shapes_are_looked_at(detector: InstanceDetector, size: tuple[int, int]) -> None:
     (detections,) = found(detector, [Image.linear_gradient("L").resize(size)])
-    assert all(entry.mask.shape == size[::-1] for entry in detections)
+    assert all(whole_mask(entry, size).shape == size[::-1] for entry in detections)
+
+
+def test_a_strip_of_which_nothing_would_be_left_is_an_error_of_the_input(detector: InstanceDetector) -> None:
+    for size in ((8192, 16), (16, 8192)):
+        with pytest.raises(InputError, match=f"{size[0]}x{size[1]}") as caught:
+            detector.prepare(Image.new("RGB", size))
+        assert caught.value.code == "aspect_ratio"
 
 
 def test_class_names_come_from_the_configuration_and_may_be_renamed(copy: Path) -> None:
@@ -208,6 +240,21 @@ def test_the_processor_is_the_checkpoints_own(copy: Path) -> None:
     }
 
 
+def test_a_file_that_is_replaced_while_it_is_used_changes_nothing(copy: Path) -> None:
+    detector = InstanceDetector.load(copy, LoadOptions())
+    before = summary(found(detector, [photo("square")])[0])
+    size = (copy / "model.safetensors").stat().st_size
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(size // 3)
+        file.write(bytes(size // 2))
+    assert summary(found(detector, [photo("square")])[0]) == before
+
+
+def test_a_file_in_place_of_the_folder_is_said_so(copy: Path) -> None:
+    with pytest.raises(WeightsError, match=r"a folder with config\.json.*model\.safetensors is none"):
+        InstanceDetector.load(copy / "model.safetensors", LoadOptions())
+
+
 def test_bfloat16_finds_nearly_the_same(folder: Path, detector: InstanceDetector) -> None:
     half = InstanceDetector.load(folder, LoadOptions(dtype=torch.bfloat16))
     assert half.dtype == torch.bfloat16
@@ -215,7 +262,8 @@ def test_bfloat16_finds_nearly_the_same(folder: Path, detector: InstanceDetector
     exact, rounded = found(detector, [image])[0], found(half, [image])[0]
     best = max(exact, key=lambda entry: entry.confidence)
     same = [entry for entry in rounded if entry.name == best.name]
-    overlaps = [(entry.mask & best.mask).sum() / (entry.mask | best.mask).sum() for entry in same]
+    masks, best_mask = [whole_mask(entry, image.size) for entry in same], whole_mask(best, image.size)
+    overlaps = [(mask & best_mask).sum() / (mask | best_mask).sum() for mask in masks]
     assert max(overlaps) > 0.8
 
 

@@ -4,6 +4,7 @@ import gc
 import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
@@ -136,3 +137,27 @@ def test_another_architecture_is_refused(file: Path) -> None:
 def test_missing_weights_are_a_weights_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="absent"):
         load(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tower", "prefix"), [("image", "vision_model.encoder.layers.2."), ("text", "text_model.encoder.layers.1.")]
+)
+def test_a_file_that_lost_the_last_layer_of_a_published_tower_is_refused(
+    tower: str, prefix: str, tmp_path: Path
+) -> None:
+    """It would load as a smaller model; only the published number of layers tells."""
+    small = ClipSize(embed_dim=128, vision_width=160, vision_layers=3, text_width=128, text_layers=2)
+    architecture = replace(VIT_H_14, published=small)
+    whole = write_checkpoint(dict(tensors(HF)), tmp_path / "whole.safetensors")
+    shared_clip(SOURCE, LoadOptions(weights=str(whole)), architecture, "test")
+    rest = {name: tensor for name, tensor in tensors(HF).items() if not name.startswith(prefix)}
+    cut = write_checkpoint(rest, tmp_path / "cut.safetensors")
+    with pytest.raises(WeightsError, match=f"the {tower} tower has"):
+        shared_clip(SOURCE, LoadOptions(weights=str(cut)), architecture, "test")
+
+
+def test_a_tensor_without_elements_is_refused(tmp_path: Path) -> None:
+    empty = {**tensors(OPEN_CLIP), "visual.conv1.weight": torch.zeros(160, 3, 0, 0)}
+    file = write_checkpoint(empty, tmp_path / "empty.pt")
+    with pytest.raises(WeightsError, match="conv1"):
+        load(file)

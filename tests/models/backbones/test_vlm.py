@@ -156,12 +156,14 @@ def test_both_passes_are_one_graph_each(backbone: Qwen2VLBackbone) -> None:
     torch.testing.assert_close(compiled(ids, places), text(ids, places))
 
 
-def test_tensors_that_need_no_cast_are_used_where_they_lie(library: Qwen2VLForConditionalGeneration) -> None:
+def test_tensors_are_copied_even_where_they_need_no_cast(library: Qwen2VLForConditionalGeneration) -> None:
     tensors = tensors_of(library)
     same, cast = Qwen2VLBackbone(config()), Qwen2VLBackbone(config())
     same.assign(tensors, torch.float32, torch.device("cpu"))
     cast.assign(tensors, torch.bfloat16, torch.device("cpu"))
-    assert all(tensor.data_ptr() == tensors[name].data_ptr() for name, tensor in same.state_dict().items())
+    # A mapped file that is replaced would change the scores, and one that is cut short would end the process.
+    assert not any(tensor.data_ptr() == tensors[name].data_ptr() for name, tensor in same.state_dict().items())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in same.state_dict().items())
     assert {tensor.dtype for tensor in cast.state_dict().values()} == {torch.bfloat16}
     assert cast.dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in same.parameters())
@@ -224,6 +226,9 @@ def test_configs_that_are_none_are_refused(tmp_path: Path) -> None:
         qwen2_vl_config(str(tmp_path / "broken.json"), VOCABULARY)
     with pytest.raises(WeightsError, match="mapping"):
         qwen2_vl_config([1, 2], VOCABULARY)  # type: ignore[arg-type]
+    for wrong in ({"text": 1, "vision": 2}, {**CONFIG, "text": {"hidden_size": "x"}}):
+        with pytest.raises(WeightsError, match="not one of a Qwen2-VL"):
+            qwen2_vl_config(wrong, VOCABULARY)
     with pytest.raises(WeightsError, match="sliding"):
         qwen2_vl_config({**CONFIG, "text": {**CONFIG["text"], "use_sliding_window": True}}, VOCABULARY)
     other = {**CONFIG, "vision": {**CONFIG["vision"], "patch_size": PATCH_SIZE + 2}}

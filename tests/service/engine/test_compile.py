@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -192,6 +193,34 @@ def test_out_of_memory_while_compiling_halves_too(mode: str, monkeypatch: pytest
     assert function.micro_batch == 4
 
 
+class Holder:
+    """Holds the tensor of a forward while it runs, and notes whether earlier ones are gone when a forward begins."""
+
+    def __init__(self, fits: int) -> None:
+        self.fits = fits
+        self.held: list[weakref.ref[Tensor]] = []
+        self.alive: list[int] = []
+
+    def __call__(self, rows_BD: Tensor) -> Tensor:
+        self.alive.append(sum(ref() is not None for ref in self.held))
+        activations = rows_BD * 2
+        self.held.append(weakref.ref(activations))
+        if len(rows_BD) > self.fits:
+            raise OOM("no memory for this batch")
+        return activations + 0
+
+
+def test_what_a_failed_forward_held_is_freed_before_the_smaller_one() -> None:
+    """A traceback keeps the frames of a forward, and they its tensors: on a full device nothing would fit beside."""
+    holder = Holder(fits=2)
+    bucketed(holder)(rows(8))
+    warmed = Holder(fits=2)
+    bucketed(warmed).warm_up(rows(8))
+    for found in (holder, warmed):
+        assert len(found.alive) > 3
+        assert not any(found.alive)
+
+
 # -- compilation ------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +260,49 @@ def test_measure_keeps_the_faster(
     result = function(rows(8))
     assert calls == ["compiled" if wins else "plain"]
     assert torch.allclose(result, torch.sin(torch.stack(rows(8))))
+
+
+class Compiler:
+    """In place of torch.compile: notes the shapes that compiled functions are called with, and calls the function."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        monkeypatch.setattr(torch, "compile", self.compile)
+
+    def compile(self, function: Callable[[Tensor], Tensor], **_: Any) -> Callable[[Tensor], Tensor]:
+        def compiled(rows_BD: Tensor) -> Tensor:
+            self.shapes.append(tuple(rows_BD.shape))
+            return function(rows_BD)
+
+        return compiled
+
+
+def test_a_shape_that_was_not_warmed_up_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of another aspect ratio come at any time; a large network compiles longer than its watchdog waits."""
+    compiler = Compiler(monkeypatch)
+    function = bucketed(Doubler(), compile="on")
+    function.warm_up(rows(8, width=3))
+    assert function.compiled
+    compiler.shapes.clear()
+    for width in (3, 5, 3, 7):
+        given = rows(9, width)
+        assert torch.equal(function(given), torch.stack(given) * 2)
+    assert set(compiler.shapes) == {(8, 3)}
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_after_running_out_of_memory_only_warm_up_compiles_again(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Compiler(monkeypatch)
+    doubler = Doubler(fits=1 << 30 if late else 4)
+    function = bucketed(doubler, compile="on")
+    function.warm_up(rows(8))
+    compiler.shapes.clear()
+    doubler.fits = 4
+    function(rows(8))
+    function(rows(8))
+    assert function.micro_batch == 4
+    assert function.compiled is not late
+    assert compiler.shapes == ([(8, 3)] if late else [(4, 3)] * 4)
 
 
 @pytest.mark.slow
@@ -288,3 +360,9 @@ def test_split_holds_all_rows_and_pads_the_last_batch_only(count: int, usable: s
     assert 0 <= padding < (batches[-1] if batches else 1)
     if batches and padding > waste * batches[-1]:
         assert batches[-1] == sizes[0]  # there was no smaller size to use instead
+
+
+def test_numbers_that_are_not_finite_are_not_taken_for_a_dependence_on_the_place() -> None:
+    function = bucketed(lambda rows_BD: rows_BD * float("nan"))
+    function.warm_up(rows(8))
+    assert function.micro_batch == 8

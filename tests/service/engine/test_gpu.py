@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +12,11 @@ import torch
 
 from models.base import Output, Sample
 from service.engine.batcher import GradientResult
+from service.engine.compile import BucketedFunction
+from service.engine.gradient import TowerGradient
 from service.engine.plan import resolve_device
 from service.engine.request import Made
-from service.engine.staging import BUFFERS, Stager
+from service.engine.staging import BUFFERS, KEPT_SHAPES, Stager
 from service.engine.worker import TensorSample
 from service.settings import Settings
 from tests.service.engine import tiny
@@ -153,6 +155,96 @@ def test_gradients_that_do_not_fit_are_halved_too(device: torch.device, little_m
     assert len(outcomes) == 8
     for got, want in zip(outcomes, expected, strict=True):
         assert torch.allclose(got, want, atol=1e-5)
+
+
+def hold_two_parts(little_memory: float, device: torch.device) -> Callable[[torch.Tensor], None]:
+    """A forward that wants two parts of memory, and still holds the first when the second fails.
+
+    Each is 9 % of the memory for a row: of eight rows the second part fails, and four fit only when what the eight had
+    held is free again.
+    """
+
+    def need_memory(batch: torch.Tensor) -> None:
+        size = int(len(batch) * little_memory * 0.09)
+        first = torch.empty(size, dtype=torch.uint8, device=device)
+        second = torch.empty(size, dtype=torch.uint8, device=device)
+        assert first.data_ptr() != second.data_ptr()
+
+    return need_memory
+
+
+def test_the_memory_of_a_failed_forward_is_free_for_the_next_one(device: torch.device, little_memory: float) -> None:
+    worker = tiny.make_worker(device=device, micro_batch=8, cache_bytes=0)
+    samples = mixed(8)
+    expected = tiny.scores(worker, samples)
+    inputs = [worker.prepare(TensorSample("a", torch.rand(3, 48, 48)), "gradient") for _ in range(8)]
+    assert isinstance(worker.model, tiny.TinyTower)
+    before = torch.cuda.memory_allocated(device)
+    worker.model.before_image = hold_two_parts(little_memory, device)
+    assert tiny.scores(worker, samples) == pytest.approx(expected, abs=1e-5)
+    assert worker.full == 4
+    assert all(isinstance(outcome, GradientResult) for outcome in worker._bisect("gradient", inputs))
+    assert worker._gradient is not None
+    assert worker._gradient.micro_batch == 4
+    assert torch.cuda.memory_allocated(device) - before < 1 << 20
+
+
+def test_a_full_gradient_batch_that_does_not_fit_does_not_stop_the_start(
+    device: torch.device, little_memory: float
+) -> None:
+    worker = tiny.make_worker(device=device, micro_batch=8)
+    assert isinstance(worker.model, tiny.TinyTower)
+    worker.model.before_image = hold_two_parts(little_memory, device)
+    gradient = TowerGradient(worker.model, 8)
+    gradient.warm_up("a", torch.rand(3, 48, 48))
+    assert gradient.micro_batch == 4
+
+
+def test_a_joint_head_that_does_not_fit_is_halved(device: torch.device, little_memory: float) -> None:
+    """What it reads are features on the device, which stay where they are."""
+    need_memory = hold_two_parts(little_memory, device)
+
+    def head(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        need_memory(images)
+        return images.sum((1, 2)) + texts.sum(1)
+
+    joint = BucketedFunction("head", head, device=device, micro_batch=8, invariance="exact", compile="off")
+    images, texts = torch.rand(8, 16, 32, device=device), torch.rand(8, 5, device=device)
+    found = joint(list(zip(images, texts, strict=True)))
+    assert joint.micro_batch == 4
+    assert torch.allclose(found, images.sum((1, 2)) + texts.sum(1))
+
+
+def test_features_on_a_device_without_an_index_are_staged_where_they_are() -> None:
+    """``device: cuda`` is not equal to ``cuda:0``, which is what tensors say."""
+    features = [torch.rand(7, 3, device="cuda") for _ in range(3)]
+    batch = Stager(torch.device("cuda")).stage(features, 4)
+    assert torch.equal(batch, torch.stack([*features, features[-1]]))
+
+
+def test_pinned_buffers_are_kept_for_few_shapes(device: torch.device) -> None:
+    stager = Stager(device)
+    for width in range(1, 3 * KEPT_SHAPES):
+        rows = [torch.full((3, width), float(width)) for _ in range(2)]
+        assert torch.equal(stager.stage(rows, 2).cpu(), torch.stack(rows))
+    assert len(stager._buffers) == KEPT_SHAPES
+
+
+@pytest.mark.slow
+def test_rows_of_a_shape_that_was_not_warmed_up_run_uncompiled(device: torch.device) -> None:
+    def doubled(rows_BD: torch.Tensor) -> torch.Tensor:
+        eager.append(not torch.compiler.is_compiling())
+        return rows_BD.sin() * 2
+
+    eager: list[bool] = []
+    function = BucketedFunction("test", doubled, device=device, micro_batch=4, invariance="exact", compile="on")
+    with torch.inference_mode():
+        function.warm_up(list(torch.rand(4, 3)))
+        eager.clear()
+        for width in (3, 5, 3):
+            rows = torch.rand(4, width)
+            assert torch.allclose(function(list(rows)).cpu(), rows.sin() * 2, atol=1e-6)
+    assert eager == [False, True, False]
 
 
 def test_gradients_on_the_device_are_those_of_the_cpu(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from models import registry
-from models.base import Candidate, HeadOutput, Output, RewardInfo, Sample, TowerInput
+from models.base import Candidate, HeadOutput, InputError, Output, RewardInfo, Sample, TowerInput
 from models.preprocessing import to_uint8_tensor
 from service.engine.batcher import GradientResult
 from service.engine.worker import TensorSample, Worker
@@ -143,3 +143,31 @@ def test_gradients_of_many_shapes_are_those_of_autograd_alone(worker: Worker) ->
         assert torch.allclose(result.gradient, gradient, atol=1e-6, rtol=1e-4)
         assert result.gradient.shape == entry.pixels.shape
         assert float(gradient.abs().max()) > 1e-6
+
+
+def test_an_input_error_of_the_twin_is_told_as_such_and_spares_the_neighbours(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some images cannot be scored; a client retries a model error, and not this one."""
+
+    def refusing(pixels_B3HW: Tensor) -> Tensor:
+        if pixels_B3HW.shape[-1] > 100:
+            raise InputError("too long", code="aspect_ratio")
+        return TinyJoint.preprocess_tensor(model_of(worker), pixels_B3HW)
+
+    assert worker._gradient is not None
+    monkeypatch.setattr(worker._gradient.model, "preprocess_tensor", refusing)
+    images = [torch.rand(3, 32, 32), torch.rand(3, 16, 128), torch.rand(3, 48, 24)]
+    inputs = [worker.prepare(TensorSample("a", image), "gradient") for image in images]
+    first, refused, last = worker._bisect("gradient", inputs)
+    assert isinstance(first, GradientResult)
+    assert isinstance(last, GradientResult)
+    assert isinstance(refused, InputError)
+    assert refused.code == "aspect_ratio"
+
+
+def test_names_of_prompts_in_caches_are_short(worker: Worker) -> None:
+    entry = worker.prepare(Sample("long " * 3000, Candidate(image=tiny.picture(0))), "score")
+    assert isinstance(entry, TowerInput)
+    assert len(entry.text_id) == 32
+    assert entry.text_id != worker.prepare(Sample("long " * 3001, Candidate(image=tiny.picture(0))), "score").text_id

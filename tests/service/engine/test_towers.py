@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models import registry
 from models.base import Output, Sample, SampleError, TowerInput
 from service.engine.batcher import GradientResult
-from service.engine.features import FeatureCache
+from service.engine.features import ENTRY_BYTES, FeatureCache
 from service.engine.gradient import TowerGradient
 from service.engine.worker import TensorSample, Worker
 from service.telemetry import Telemetry
@@ -94,13 +96,14 @@ def test_models_of_different_dtypes_do_not_share_features() -> None:
 
 def test_cached_features_stay_within_their_bytes() -> None:
     telemetry = Telemetry()
-    caches = (FeatureCache("image", 2000, telemetry), FeatureCache("text", 600, telemetry))
+    row = tiny.WIDTH * 4 + ENTRY_BYTES
+    caches = (FeatureCache("image", 7 * row + 100, telemetry), FeatureCache("text", 2 * row, telemetry))
     worker = tiny.make_worker(caches=caches)
     for seed in range(5):
         tiny.scores(worker, mixed(8, seed))
-        assert caches[0].bytes <= 2000
-        assert caches[1].bytes <= 600
-    assert len(caches[0]) == 2000 // (tiny.WIDTH * 4)
+        assert caches[0].bytes <= 7 * row + 100
+        assert caches[1].bytes <= 2 * row
+    assert len(caches[0]) == 7
 
 
 def test_a_cached_feature_does_not_keep_its_batch_alive() -> None:
@@ -290,3 +293,36 @@ def test_gradients_work_after_scores_on_the_same_model() -> None:
     tiny.scores(worker, mixed(3))
     gradients(worker._bisect("gradient", tensor_inputs(worker, [(32, 32)], ["a"])))
     tiny.scores(worker, mixed(3, seed=1))
+
+
+# -- warm-up ----------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_that_were_warmed_up_before_memory_ran_out_are_warmed_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise they would be compiled, or run uncompiled, when the first request comes."""
+    inside: list[bool] = []
+
+    def compiler(function: Any, **_: Any) -> Any:  # the real one would take minutes to say the same
+        def compiled(*inputs: Tensor) -> Tensor:
+            inside.append(True)
+            try:
+                return function(*inputs)
+            finally:
+                inside.pop()
+
+        return compiled
+
+    class LongPromptsNeedMemory(tiny.TinyTower):
+        def encode_text(self, tokens_BL: Tensor) -> Tensor:
+            if tokens_BL.shape[1] == tiny.TEXT_LENGTHS[-1] and len(tokens_BL) > 4:
+                raise torch.OutOfMemoryError("no memory for this batch")
+            ran.append((*tokens_BL.shape, bool(inside)))
+            return super().encode_text(tokens_BL)
+
+    ran: list[tuple[int, int, bool]] = []
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setitem(registry._REGISTRY, "tiny-tower", LongPromptsNeedMemory)
+    worker = tiny.make_worker(compile="on", cache_bytes=0)
+    ran.clear()
+    tiny.scores(worker, [tiny.sample(0, "a"), tiny.sample(1, "a longer prompt than that")])
+    assert ran == [(4, length, True) for length in tiny.TEXT_LENGTHS]

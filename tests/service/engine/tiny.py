@@ -61,6 +61,7 @@ def info(name: str, *, differentiable: bool = False) -> RewardInfo:
         license="none",
         calibration=Calibration(1.0, "none"),
         differentiable=differentiable,
+        options=("seed", "broken", "note"),
         hidden=True,
     )
 

@@ -47,6 +47,7 @@ def info(name: str, *, kind: Kind = "pointwise", differentiable: bool = False) -
         license="MIT",
         calibration=Calibration(1.0, "for tests"),
         differentiable=differentiable,
+        options=("batch_s", "prepare_s", "load_s"),
     )
 
 
