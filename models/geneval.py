@@ -178,7 +178,7 @@ class Geneval(RewardModel):
         self.detector = detector
         self.colors = colors
         self.weights_hash = weights_hash
-        self.dtype = detector.dtype
+        self.dtype = colors.towers.dtype  # the detector is always float32
         self._classes = frozenset(detector.names)
         self._score: Score = score
         self._relation_quirk = relation_quirk

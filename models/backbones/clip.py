@@ -193,7 +193,7 @@ def size_of(tensors: Mapping[str, Tensor], model: str) -> ClipSize:
         if tensor is None or tensor.ndim != dimensions or 0 in tensor.shape:
             found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
             raise WeightsError(
-                f"the weights are not those of {model}: {name} is {found}; {dimensions} axes expected, none of them empty"
+                f"the weights are not those of {model}: {name} is {found}; {dimensions} axes expected, none empty"
             )
         return tensor.shape
 

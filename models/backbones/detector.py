@@ -77,7 +77,11 @@ class DetectorInput:
 
 
 class InstanceDetector:
-    """A Mask2Former with frozen weights in one dtype, its image processor and the names of its classes."""
+    """A Mask2Former with frozen weights in float32, its image processor and the names of its classes.
+
+    Never in half precision: its attention samples feature maps at coordinates, which bfloat16 knows to a few pixels
+    only, and torch 2.14's grid_sample in half precision on a CPU reads outside of maps of more than 32767 places.
+    """
 
     def __init__(self, network: nn.Module, processor: Any, names: Sequence[str], weights_hash: str) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -96,7 +100,7 @@ class InstanceDetector:
         """
         config, names = _configuration(folder)
         tensors = load_checkpoint(folder / "model.safetensors")
-        network = _network(config, tensors, options.dtype).to(options.device)
+        network = _network(config, tensors).to(options.device)
         return cls(
             network, _processor(folder), [(rename or {}).get(name, name) for name in names], hash_tensors(tensors)
         )
@@ -232,7 +236,7 @@ def _json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _network(config: Mask2FormerConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def _network(config: Mask2FormerConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
     """transformers renames the published tensors into its own; what it then misses is an error here.
 
     Tensors that it does not know are left: published files carry buffers that older versions needed.
@@ -246,7 +250,7 @@ def _network(config: Mask2FormerConfig, tensors: Mapping[str, Tensor], dtype: to
             config=config,
             # Copies, because a mapped file may be replaced or cut short while the service runs.
             state_dict={name: tensor.clone() for name, tensor in tensors.items()},
-            dtype=dtype,
+            dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name
         )

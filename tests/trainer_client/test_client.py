@@ -33,8 +33,8 @@ def test_exported_names():
         "AsyncRewardClient", "Candidate", "CompareResponse", "ComparisonResult", "ConnectionFailed", "Context",
         "DeadlineExceeded", "FingerprintChanged", "GradientResponse", "Item", "ItemComparisons", "ItemGradients",
         "ItemScores", "MaskedArray", "ModelIdentity", "ModelInfo", "ModelNotOffered", "Overloaded", "ProtocolError",
-        "RequestRejected", "RewardClient", "RewardError", "SampleFailure", "SampleWarning", "SamplesFailed", "ScoreResponse",
-        "ServiceFailed", "ServiceUnavailable", "TimedOut", "TransportError",
+        "RequestRejected", "RewardClient", "RewardError", "SampleFailure", "SampleWarning", "SamplesFailed",
+        "ScoreResponse", "ServiceFailed", "ServiceUnavailable", "TimedOut", "TransportError",
     ]  # fmt: skip
 
 

@@ -255,16 +255,15 @@ def test_a_file_in_place_of_the_folder_is_said_so(copy: Path) -> None:
         InstanceDetector.load(copy / "model.safetensors", LoadOptions())
 
 
-def test_bfloat16_finds_nearly_the_same(folder: Path, detector: InstanceDetector) -> None:
-    half = InstanceDetector.load(folder, LoadOptions(dtype=torch.bfloat16))
-    assert half.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_detector_is_float32_whatever_is_asked_for(
+    dtype: torch.dtype, folder: Path, detector: InstanceDetector
+) -> None:
+    """A process with a half-precision detector of the true size was ended by a segmentation fault."""
+    asked = InstanceDetector.load(folder, LoadOptions(dtype=dtype))
+    assert {parameter.dtype for parameter in asked.network.parameters()} == {torch.float32}
     image = photo("square")
-    exact, rounded = found(detector, [image])[0], found(half, [image])[0]
-    best = max(exact, key=lambda entry: entry.confidence)
-    same = [entry for entry in rounded if entry.name == best.name]
-    masks, best_mask = [whole_mask(entry, image.size) for entry in same], whole_mask(best, image.size)
-    overlaps = [(mask & best_mask).sum() / (mask | best_mask).sum() for mask in masks]
-    assert max(overlaps) > 0.8
+    assert summary(found(asked, [image])[0]) == summary(found(detector, [image])[0])
 
 
 def test_loading_says_nothing_and_leaves_the_librarys_settings(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
