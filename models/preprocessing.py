@@ -64,6 +64,9 @@ def without_far_ends(height: int, width: int) -> tuple[int, int, int, int]:
     off first; what is left may then lie a fraction of a pixel beside what the published code would have kept.
     """
     new_height, new_width = min(height, LONGEST_STRIP * width), min(width, LONGEST_STRIP * height)
+    # As much at one end as at the other, so that the middle stays the middle.
+    new_height -= (height - new_height) % 2
+    new_width -= (width - new_width) % 2
     return (height - new_height) // 2, (width - new_width) // 2, new_height, new_width
 
 
