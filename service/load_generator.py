@@ -196,7 +196,9 @@ class _Run:
             self.attempts += 1
             self.in_flight.add(number)
             try:
-                answer = await asyncio.wait_for(connection.post(body), ANSWER_TIMEOUT_S)
+                # Not wait_for: in Python 3.11 it swallows a cancellation that meets the answer: the load never ends.
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    answer = await connection.post(body)
             except (OSError, EOFError, TimeoutError, httptools.HttpParserError):
                 connection.close()
                 self._finish(number, Answered(first_sent, sent, time.perf_counter(), 0, 0, ("connection",)))

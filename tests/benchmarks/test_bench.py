@@ -9,6 +9,7 @@ import socket
 import threading
 from base64 import b64decode
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image as PILImage
 from benchmarks import measures, report, samples
 from benchmarks.plan import Plan, Row
 from benchmarks.server import PeakMemory, serve
-from service import tensors
+from service import load_generator, tensors
 from service.load_generator import Answered, Load, backoff, credited, percentile, read_answer, run_load
 from service.loadtest import file_load, generated_files
 
@@ -252,6 +253,31 @@ def test_without_a_service_every_request_is_an_error() -> None:
     found = asyncio.run(run_load(f"http://127.0.0.1:{port}", load, clients=2, seconds=0.7, warmup_s=0.0))
     assert found.images_per_s == 0
     assert set(found.errors) == {"connection"}
+
+
+def test_a_load_ends_even_if_it_is_ended_in_the_moment_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio.wait_for of Python 3.11 swallows such a cancellation, and a client went on for ever."""
+
+    async def scenario() -> bool:
+        run = load_generator._Run("http://127.0.0.1:1", Load("application/json", 1, lambda number: b"{}"), True, None)
+        answered = 0
+
+        async def post(connection: object, body: bytes) -> SimpleNamespace:
+            nonlocal answered
+            answered += 1
+            await asyncio.sleep(0)
+            if answered == 3:
+                asyncio.get_running_loop().call_soon(task.cancel)
+            return SimpleNamespace(status=404, body=b"{}")
+
+        monkeypatch.setattr(load_generator._Connection, "post", post)
+        task = asyncio.create_task(run.client())
+        await asyncio.wait({task}, timeout=2)
+        cancelled = task.cancelled()
+        task.cancel()
+        return cancelled
+
+    assert asyncio.run(scenario())
 
 
 def _reject_then_answer(listener: socket.socket, bodies: list[bytes]) -> None:

@@ -52,7 +52,11 @@ class Handler(BaseHTTPRequestHandler):
         self._serve(Received(self.path, dict(self.headers), self.client_address))
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client hung up: another part of its call has failed
+            self.close_connection = True
+            return
         received = Received(self.path, dict(self.headers), self.client_address)
         if self.headers["Content-Type"] == "application/vnd.safetensors":
             tensors = safetensors.numpy.load(body)
