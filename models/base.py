@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image as PILImage
@@ -361,7 +361,7 @@ class TowerReward(RewardModel):
     @torch.inference_mode()
     def run(self, batch: Sequence[TowerInput]) -> list[Output | SampleError]:
         results: list[Output | SampleError | None] = [None] * len(batch)
-        for places in by_shape(batch):
+        for places in alike({i: (entry.pixels.shape, entry.tokens.shape) for i, entry in enumerate(batch)}):
             entries = [batch[place] for place in places]
             pixels = torch.stack([entry.pixels for entry in entries]).to(self.device)
             tokens = torch.stack([entry.tokens for entry in entries]).to(self.device)
@@ -376,12 +376,15 @@ def text_digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def by_shape(batch: Sequence[TowerInput]) -> list[list[int]]:
-    """Places of the samples whose pixels and tokens have equal shapes, in order of first appearance."""
-    places: dict[tuple[torch.Size, torch.Size], list[int]] = {}
-    for place, entry in enumerate(batch):
-        places.setdefault((entry.pixels.shape, entry.tokens.shape), []).append(place)
-    return list(places.values())
+Name = TypeVar("Name", bound=Hashable)
+
+
+def alike(keys: Mapping[Name, Hashable]) -> list[list[Name]]:
+    """The names whose keys are equal, in order of first appearance: what may meet in one batch, by its shape."""
+    groups: dict[Hashable, list[Name]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
 def unpack(head: HeadOutput, warnings: Sequence[tuple[str, ...]]) -> list[Output | SampleError]:

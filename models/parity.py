@@ -143,16 +143,22 @@ def _by_folder(files: Iterable[Path]) -> dict[Path, list[str]]:
     return folders
 
 
-def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m models.parity", description="Compare with reference numbers.")
+def main(
+    arguments: Sequence[str] | None = None,
+    console: Console | None = None,
+    *,
+    module: str = "models.parity",
+    arrange: Callable[[Report], Report] = lambda report: report,
+) -> int:
+    """The command line of ``python -m module``, which may ``arrange`` the report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Compare with reference numbers.")
     parser.add_argument("folder", type=Path, help="a fixtures folder")
     parser.add_argument("--full", action="store_true", help="also models of the true size: gigabytes and minutes each")
     options = parser.parse_args(arguments)
     folder: Path = options.folder
     if not folder.is_dir():
         parser.error(f"{folder} is not a folder")
-    report = run(folder, full=options.full)
+    report = arrange(run(folder, full=options.full))
     show(report, console or Console())
     return report.exit_status
 

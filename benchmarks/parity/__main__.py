@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,16 +29,7 @@ def merged(report: Report) -> Report:
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Compare, print, and return the exit status of :mod:`models.parity`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description="Compare with reference numbers.")
-    parser.add_argument("folder", type=Path, help="a fixtures folder")
-    parser.add_argument("--full", action="store_true", help="also models of the true size: gigabytes and minutes each")
-    options = parser.parse_args(arguments)
-    folder: Path = options.folder
-    if not folder.is_dir():
-        parser.error(f"{folder} is not a folder")
-    report = merged(parity.run(folder, full=options.full))
-    parity.show(report, console or Console())
-    return report.exit_status
+    return parity.main(arguments, console, module="benchmarks.parity", arrange=merged)
 
 
 if __name__ == "__main__":

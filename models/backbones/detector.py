@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
-from models.base import CheckpointSize, InputError, LoadOptions, ModelError, WeightsError
+from models.base import CheckpointSize, InputError, LoadOptions, ModelError, WeightsError, alike
 from models.parity_recipe import fill, write_checkpoint
 from models.weights import hash_tensors, load_checkpoint, load_safetensors
 
@@ -134,10 +134,7 @@ class InstanceDetector:
         depend on the other pictures. A picture whose logits are not finite gets a :class:`ModelError`.
         """
         results: list[list[Detection] | ModelError] = [[] for _ in inputs]
-        by_size: dict[torch.Size, list[int]] = {}
-        for place, entry in enumerate(inputs):
-            by_size.setdefault(entry.pixels.shape, []).append(place)
-        for places in by_size.values():
+        for places in alike({place: entry.pixels.shape for place, entry in enumerate(inputs)}):
             for start in range(0, len(places), rows):
                 chunk = places[start : start + rows]
                 classes_BQC, masks_BQhw = self._forward([inputs[place].pixels for place in chunk], rows)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from models.base import HeadOutput, Output, SampleError, TowerInput, TowerReward, unpack
+from models.base import HeadOutput, Output, SampleError, TowerInput, TowerReward, alike, unpack
 from service.engine.batcher import GradientResult
 from service.engine.compile import powers_of_two
 from service.engine.towers import power_of_two
@@ -114,11 +114,8 @@ class TowerGradient:
 
     def _chunk(self, batch: Sequence[TowerInput]) -> list[GradientResult | SampleError]:
         rows = [self._input(entry) for entry in batch]
-        places: dict[tuple[torch.Size, torch.Size], list[int]] = {}
-        for place, row in enumerate(rows):
-            places.setdefault((row.pixels.shape, row.entry.tokens.shape), []).append(place)
         results: dict[int, GradientResult | SampleError] = {}
-        for same in places.values():
+        for same in alike({i: (row.pixels.shape, row.entry.tokens.shape) for i, row in enumerate(rows)}):
             size = next((size for size in self._small if size >= len(same)), self.micro_batch)
             for place, answer in zip(same, self._gradients([rows[place] for place in same], size), strict=True):
                 results[place] = _result(*answer)

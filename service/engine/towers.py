@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from models.base import HeadOutput, Output, SampleError, TowerInput, TowerReward, unpack
-from service.engine.compile import BucketedFunction, Row, shapes_of
+from models.base import HeadOutput, Output, SampleError, TowerInput, TowerReward, alike, unpack
+from service.engine.compile import BucketedFunction, shapes_of
 from service.engine.features import FeatureCache
 
 
@@ -107,7 +106,7 @@ class TowerRunner:
         pairs = {(entry.image_id, entry.text_id): (images[entry.image_id], texts[entry.text_id]) for entry in batch}
         rows_by_pair = {
             pair: row
-            for same in _by_shape(pairs)
+            for same in alike({pair: shapes_of(row) for pair, row in pairs.items()})
             for pair, row in zip(same, joint([pairs[pair] for pair in same]), strict=True)
         }
         rows = torch.stack([rows_by_pair[entry.image_id, entry.text_id] for entry in batch])
@@ -119,7 +118,7 @@ class TowerRunner:
     ) -> dict[str, Tensor]:
         """Features by id of prepared images or prompts of any shapes."""
         features: dict[str, Tensor] = {}
-        for same in _by_shape(distinct):
+        for same in alike({name: shapes_of(row) for name, row in distinct.items()}):
             features |= self._features(cache, tower, encode, {name: distinct[name] for name in same})
         return features
 
@@ -143,17 +142,6 @@ class TowerRunner:
                 features[name] = feature.clone()  # a row of a batch would keep the whole batch alive
                 cache.put((*key, name), features[name])
         return features
-
-
-Name = TypeVar("Name", bound=Hashable)
-
-
-def _by_shape(rows: Mapping[Name, Row]) -> list[list[Name]]:
-    """Names of the rows whose shapes are equal, in order of first appearance."""
-    names: dict[tuple[torch.Size, ...], list[Name]] = {}
-    for name, row in rows.items():
-        names.setdefault(shapes_of(row), []).append(name)
-    return list(names.values())
 
 
 def _prompts_of_every_length(model: TowerReward, count: int) -> list[list[Tensor]]:
