@@ -5,7 +5,10 @@ The functions are also called by the test itself, without a process group, for t
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -157,9 +160,13 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     for name, (weights, means) in runs.items():
         found[name] = {"weights": {key: weight.tolist() for key, weight in weights.items()}, "means": means}
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    gc.collect()  # DDP's reducers hold the group
     distributed.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    sys.stderr.flush()
+    os._exit(0)  # Python 3.11 aborts where a thread of gloo asks for the GIL of an interpreter that is going down
