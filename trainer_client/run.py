@@ -1,0 +1,426 @@
+"""What the algorithms share: a run's policy, rewards, optimizer, averages, log, checkpoints, evaluations and guard.
+
+An algorithm reads from top to bottom in its own file::
+
+    with Run("nft", config, out) as run:
+        for step in run.steps():
+            batch = run.next_batch()
+            for rows in batch.pieces(size):
+                ...sample and decode...
+                run.submit(images, batch, rows)
+            advantages = run.advantages(batch)
+            ...loss.backward()...
+            run.update()
+
+All ranks of a run on several devices make the same calls. Noise follows from (seed, step, index of the sample), so that
+neither the number of ranks nor a restart changes it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from trainer_client import distributed
+from trainer_client.checkpoint import Checkpoints, RunIdentity, package_versions, policy_identity
+from trainer_client.config import ConfigError, RewardsSection, RunConfig
+from trainer_client.distributed import derived_seed
+from trainer_client.ema import ema_update_, power_decay
+from trainer_client.guard import Guard, Verdict
+from trainer_client.guard_metrics import TrainingMetrics
+from trainer_client.policies import Conditioning
+from trainer_client.policies.conditioning import PromptCache
+from trainer_client.policies.weights import TRAINED
+from trainer_client.prompt_order import PromptOrder
+from trainer_client.prompts import Prompt, load_prompts
+from trainer_client.rewards import Rewards, served
+from trainer_client.run_batch import (
+    Advantages,
+    Batch,
+    compare,
+    draw_batch,
+    gathered,
+    own_rows,
+    reward_numbers,
+    thumbnails,
+    watch,
+)
+from trainer_client.run_evaluation import Evaluation, guard_scores
+from trainer_client.run_log import METRICS, RunLog
+from trainer_client.run_setup import (
+    TOTAL,
+    build_guard,
+    build_policy,
+    check_sampling,
+    choose_weights,
+    join_ranks,
+    offered_models,
+)
+from trainer_client.run_state import RunState
+
+Settings = TypeVar("Settings", bound=RunConfig)
+MakeRewards = Callable[[RewardsSection, Sequence[str], Mapping[str, str]], Rewards]
+"""(settings, names of pointwise models, fingerprints by name) -> where the run gets its rewards."""
+_EMA = "ema"
+_BAD_GRADIENTS = 3
+"""Updates in a row without a finite gradient that end a run."""
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on; the message is one line."""
+
+
+class Run(Generic[Settings]):
+    """One training run in the folder ``out``; use it as a context manager.
+
+    ``copies`` are names of further weights that the algorithm keeps, such as "old". ``make_rewards`` replaces scores by
+    the services' models; ``needs_gradient``: those models must be differentiable. With ``resume`` the run goes on from
+    its last checkpoint, if there is one; ``allow`` as in :meth:`RunState.load`. Raises before anything is trained:
+    ConfigError, RewardError for services and models, CheckpointError.
+    """
+
+    def __init__(
+        self,
+        algorithm: str,
+        config: Settings,
+        out: str | Path,
+        *,
+        copies: Sequence[str] = (),
+        make_rewards: MakeRewards = served,
+        needs_gradient: bool = False,
+        kl_weight: float = 0.0,
+        resume: bool = False,
+        allow: Sequence[str] = (),
+    ) -> None:
+        self.algorithm, self.config, self.out = algorithm, config, Path(out)
+        self._checkpoints = Checkpoints(self.out / "checkpoints", keep=config.checkpoints.keep)
+        found = self._checkpoints.latest()
+        if not resume and (self.out / METRICS).exists():
+            raise ConfigError(f"{self.out} holds a run already: go on with --resume, or take another folder")
+        self.device = join_ranks(config.policy.device)
+        self.prompts = load_prompts(config.prompts)
+        evaluated = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
+        trained = list(config.rewards.models)
+        watched = list(config.evaluation.heldout) if evaluated else []
+        self.models = offered_models(config.rewards, [*trained, *config.judges, *watched])
+        dull = [name for name in trained if not self.models[name].differentiable]
+        if needs_gradient and dull:
+            raise ConfigError(f"{algorithm} differentiates through its rewards, and {', '.join(dull)} has no gradient")
+        fingerprints = {name: info.fingerprint or "" for name, info in self.models.items()}
+        torch.manual_seed(derived_seed(config.seed, "weights"))  # fresh adapters come from the global generator
+        self.policy = build_policy(config.policy, self.device)
+        check_sampling(self.policy, config)
+        self.identity = RunIdentity(
+            algorithm,
+            **policy_identity(self.policy.network),
+            configuration=config.identity(),
+            fingerprints=fingerprints,
+            versions=package_versions(),
+        )
+        choose_weights(self.policy, config.policy)
+        for name in [*copies, *([_EMA] if config.ema.decay > 0 else [])]:
+            self.policy.weights.add(name)
+        self.parameters = self.policy.weights.tensors()
+        chosen = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=chosen.lr, betas=chosen.betas, weight_decay=chosen.weight_decay, eps=chosen.eps
+        )
+        self._guard = build_guard(config, evaluated, kl_weight)
+        self._order = PromptOrder([prompt.text for prompt in self.prompts], config.seed)
+        self.counters: dict[str, Any] = {
+            "step": 0, "updates": 0, "skipped": 0, "bad_in_a_row": 0, "images": 0, "seconds": 0.0,
+            "kl_weight": kl_weight, "stopped": "", "guard": self._guard.to_json() if self._guard else "",
+            "score": None,
+        }  # fmt: skip
+        self._state = RunState(
+            **{name: self.policy.weights.named_tensors(name) for name in self.policy.weights.names if name != TRAINED},
+            weights=self.policy.weights.named_tensors(),
+            optimizer=self.optimizer,
+            order=self._order,
+            counters=self.counters,
+        )
+        if found is not None:
+            self._state.load(self._checkpoints, self.identity, allow=allow)
+            if self._guard is not None:
+                self._guard = Guard.from_json(self.counters["guard"])
+        self._closing = ExitStack()
+        self.rewards = make_rewards(config.rewards, trained, fingerprints)
+        self._closing.callback(self.rewards.close)
+        self._evaluation: Evaluation | None = None
+        if evaluated:
+            asked = served(config.rewards, [*trained, *watched], fingerprints)
+            self._closing.callback(asked.close)
+            self._evaluation = Evaluation(config, evaluated, self.policy, asked)
+        sampling = config.sampling
+        guided = sampling.guidance_scale > 1 and not getattr(self.policy, "guidance_is_input", False)
+        self._encode = PromptCache(self.policy.encode_prompts, negative=sampling.negative if guided else None)
+        self._numbers: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._submitted: list[tuple[list[int], Tensor]] = []
+        self._watched: TrainingMetrics | None = None
+        self._said = "ok"
+        distributed.on_main(self._write_config)
+        self.log = self._closing.enter_context(
+            RunLog(
+                self.out,
+                total_steps=config.steps,
+                resume_step=None if not resume else -1 if found is None else found,
+                tensorboard=config.logging.tensorboard,
+                wandb_project=config.logging.wandb_project,
+                progress=config.logging.progress,
+                name=f"{algorithm} {self.out.name}",
+            )
+        )
+        self.log.event(self.step, "start" if found is None else "resume", f"{algorithm}, {config.steps} steps in all")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.log.event(self.step, "stop", f"{type(error).__name__}: {error}")
+        self._closing.close()
+
+    # The loop
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return int(self.counters["step"])
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the KL term; the guard may have raised it."""
+        return float(self.counters["kl_weight"])
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are still to do; around them it logs, evaluates, saves and asks the guard."""
+        config = self.config
+        if self.step == 0:
+            self._evaluate()
+        while self.step < config.steps and not self.counters["stopped"]:
+            self._numbers, self._seconds = {}, {}
+            before, started = self.rewards.stats(), time.perf_counter()
+            yield self.step
+            if self._submitted:
+                raise RunFailed("rewards were submitted and not collected")
+            self._observe()
+            self._seconds["step"] = time.perf_counter() - started
+            after = self.rewards.stats()
+            self.counters["step"] += 1
+            self.counters["seconds"] += self._seconds["step"]
+            self.report(
+                **{f"time/{stage}": seconds for stage, seconds in self._seconds.items()},
+                **{
+                    "kl_weight": self.kl_weight,
+                    "wire/cpu_seconds": after.cpu_seconds - before.cpu_seconds,
+                    "wire/retries": float(after.retries - before.retries),
+                    "wire/bytes_sent": float(after.bytes_sent - before.bytes_sent),
+                },
+            )
+            self.log.train(self.step, self._numbers, seconds=self.counters["seconds"], images=self.counters["images"])
+            due = self.step == config.steps or bool(self.counters["stopped"])
+            if due or (config.evaluation.every and self.step % config.evaluation.every == 0):
+                self._evaluate()
+            if due or self.counters["stopped"] or self.step % config.checkpoints.every == 0:
+                self.save()
+        if not self.counters["stopped"]:
+            seconds = self.counters["seconds"]
+            self.log.event(self.step, "finish", f"{self.counters['images']} images in {seconds:.0f} s of training")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the seconds within to ``time/NAME`` of this step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def report(self, **numbers: float | Tensor) -> None:
+        """Numbers of this step for the log; one that is given again replaces the one before."""
+        self._numbers |= {name: float(value) for name, value in numbers.items()}
+
+    def generator(self, *names: str | int) -> torch.Generator:
+        """A CPU generator that follows from the seed, the step and ``names`` alone: equal on every rank."""
+        return torch.Generator().manual_seed(derived_seed(self.config.seed, self.step, *names))
+
+    # Samples and their rewards
+
+    def next_batch(self) -> Batch:
+        """This rank's samples of the next rollout."""
+        self.counters["images"] += self.config.images_per_step
+        return draw_batch(self.config, self.step, self.prompts, self._order)
+
+    def conditioning(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """Encoded prompts, with the negative prompt where guidance needs one."""
+        return self._encode([prompt.text for prompt in prompts])
+
+    def submit(self, images_B3HW: Tensor, batch: Batch, rows: Sequence[int]) -> None:
+        """Start scoring the decoded images [b, 3, H, W] in [0, 1] of some rows of the batch."""
+        pixels = (images_B3HW.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        self.rewards.submit(pixels, [batch.prompts[row] for row in rows], [int(batch.group_B[row]) for row in rows])
+        self._submitted.append((list(rows), thumbnails(pixels)))
+
+    def advantages(self, batch: Batch) -> Advantages:
+        """Wait for the rewards of the whole batch, and compare each sample with its group, over all ranks.
+
+        Raises RunFailed where not one image has a reward, RewardError where the services gave none within the patience.
+        """
+        submitted, self._submitted = self._submitted, []
+        with self.stage("reward_wait"):
+            error: Exception | None = None
+            try:
+                found = self.rewards.collect()
+            except Exception as caught:  # it is raised on every rank: one alone would leave the others waiting
+                error = caught
+            distributed.raise_together(error)
+        places = torch.tensor([row for rows, _ in submitted for row in rows]).argsort()
+        ordered = replace(
+            found,
+            scores={name: scores[places] for name, scores in found.scores.items()},
+            ok={name: ok[places] for name, ok in found.ok.items()},
+        )
+        everywhere = gathered(ordered)
+        group_N = distributed.gather_rows(batch.group_B)
+        thumbnails_N = distributed.gather_rows(torch.cat([small for _, small in submitted])[places])
+        weights = self.config.reward_weights
+        advantage_N, ok_N, total_N = compare(everywhere, weights, group_N, self.config.rewards)
+        reasons = distributed.gather_json(list(found.failures[:1]))
+        if not bool(ok_N.any()):
+            reason = next((each[0] for each in reasons if each), "none was given")
+            raise RunFailed(f"step {self.step}: not one image has a reward; the first reason: {reason}")
+        watched = watch(total_N, ok_N, group_N, thumbnails_N)
+        self.report(**reward_numbers(everywhere, total_N, ok_N, advantage_N, watched))
+        self._watched = watched
+        if found.failures:
+            self.log.event(self.step, "warning", f"{len(found.failures)} scores failed; the first: {found.failures[0]}")
+        own = [own_rows(values, len(batch)) for values in (advantage_N, ok_N, total_N)]
+        return Advantages(*own)
+
+    # Weights
+
+    def update(self) -> None:
+        """One optimizer step with the gradients that every rank has gathered, averaged over ranks.
+
+        A gradient that is not finite is left out and counted. Raises RunFailed after three in a row.
+        """
+        settings, done = self.config.optimizer, int(self.counters["updates"])
+        distributed.average_gradients_(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+        lr = settings.lr * min(1.0, (done + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if bool(norm.isfinite()):
+            self.optimizer.step()
+            self.counters["updates"], self.counters["bad_in_a_row"] = done + 1, 0
+            if self.config.ema.decay > 0 and (done + 1) % self.config.ema.every == 0:
+                weights = self.policy.weights
+                decay = power_decay(done + 1, self.config.ema.decay)
+                ema_update_(weights.tensors(_EMA), weights.tensors(), decay)
+        else:
+            self.counters["skipped"] += 1
+            self.counters["bad_in_a_row"] += 1
+            self.log.event(self.step, "warning", "the gradient is not finite: this update is left out")
+            if self.counters["bad_in_a_row"] >= _BAD_GRADIENTS:
+                raise RunFailed(f"step {self.step}: the gradient was not finite {_BAD_GRADIENTS} times in a row")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.report(grad_norm=norm, lr=lr, updates=float(self.counters["updates"]))
+
+    def save(self) -> None:
+        """Save a checkpoint of this step; the score by which the best one is kept is the first held-out reward's."""
+        lora = self.config.policy.weights == "lora"
+        exports: dict[str, Callable[[Path], object]] = {"lora": self._export} if lora else {}
+        if self._guard is not None:
+            self.counters["guard"] = self._guard.to_json()
+        self._state.save(self._checkpoints, self.step, self.identity, score=self.counters["score"], exports=exports)
+
+    def _export(self, folder: Path) -> None:
+        """Adapters for users: the averaged ones where there are."""
+        name = _EMA if self.config.ema.decay > 0 else TRAINED
+        self.policy.save_lora(folder, name)
+
+    # Watching
+
+    def _evaluate(self) -> None:
+        """Draw the fixed prompts, log their rewards and samples, and tell the guard."""
+        if self._evaluation is None:
+            return
+        config, started = self.config.evaluation, time.perf_counter()
+        averaged = config.weights == "ema" and self.config.ema.decay > 0
+        with self.policy.use(_EMA if averaged else TRAINED):
+            found = self._evaluation.run()
+        numbers = found.numbers()
+        if found.failures:
+            self.log.event(self.step, "warning", f"evaluation: {len(found.failures)} failed: {found.failures[0]}")
+        if self._guard is not None:
+            names = [TOTAL, *config.heldout]
+            scores, ok = guard_scores(found, names)
+            numbers |= self._obey(self._guard.evaluate(self.step, scores, ok))
+        if config.heldout:
+            self.counters["score"] = numbers[f"eval/{config.heldout[0]}"]
+        numbers["time/evaluate"] = time.perf_counter() - started
+        self.log.evaluation(self.step, numbers, seconds=self.counters["seconds"], images=self.counters["images"])
+        scores_PS = {name: torch.where(found.ok[name], values, torch.nan) for name, values in found.scores.items()}
+        texts = [prompt.text for prompt in self._evaluation.prompts]
+        self.log.samples(self.step, texts, self._evaluation.seeds, found.images_PS3HW, scores_PS)
+
+    def _observe(self) -> None:
+        """Tell the guard of this step, and the log what it said."""
+        if self._guard is None or self._watched is None:
+            return
+        # Where every sample was left out there is no KL to tell; it was not zero.
+        drift = self._numbers.get("kl", 0.0 if self._guard.config.drift_limit is not None else None)
+        watched = replace(self._watched, drift=None if drift is None else max(drift, 0.0))
+        self.report(**self._obey(self._guard.observe(self.step + 1, watched)))
+
+    def _obey(self, verdict: Verdict) -> dict[str, float]:
+        """Do what the guard says, as far as ``guard.mode`` lets it, and say so when it changes; numbers for the log."""
+        settings = self.config.guard
+        said = str(verdict) if verdict.action in ("warn", "raise_kl", "stop") else ""
+        if said and (verdict.action != self._said or verdict.action == "raise_kl"):
+            self.log.event(self.step, "guard", said)
+        self._said = verdict.action
+        if settings.mode == "act" and verdict.action == "raise_kl":
+            raised = self.kl_weight * settings.kl_factor or settings.kl_start
+            self.log.event(self.step, "guard", f"the KL weight is now {raised:g}, it was {self.kl_weight:g}")
+            self.counters["kl_weight"] = raised
+        if settings.mode == "act" and verdict.action == "stop" and not self.counters["stopped"]:
+            self.counters["stopped"] = said
+            self.log.event(self.step, "stop", said)
+        return verdict.metrics()
+
+    def _write_config(self) -> None:
+        """What the run is, for readers and reports."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        identity = self.identity
+        text = json.dumps(
+            {
+                "algorithm": self.algorithm,
+                "configuration": self.config.model_dump(mode="json"),
+                "versions": dict(identity.versions),
+                "policy": {
+                    "class": identity.policy,
+                    "configuration": identity.policy_config,
+                    "base_weights": identity.base_weights,
+                    "family": self.policy.family,
+                    "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
+                },
+                "rewards": dict(identity.fingerprints),
+            },
+            indent=1,
+        )
+        (self.out / "config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,120 @@
+"""What a run is built of, from its configuration; whatever cannot work is said here, before the first step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+
+from trainer_client.client import RewardClient
+from trainer_client.config import ConfigError, PolicySection, RewardsSection, RunConfig
+from trainer_client.errors import ModelNotOffered, ServiceUnavailable
+from trainer_client.guard import Guard, GuardConfig
+from trainer_client.policies import Policy, from_pretrained
+from trainer_client.prompts import Prompt
+from trainer_client.results import ModelInfo
+from trainer_client.rewards import API_KEY
+
+TOTAL = "total"
+"""The name of the weighted sum among evaluated rewards."""
+
+
+def join_ranks(device: str) -> torch.device:
+    """Meet the other ranks, if accelerate or torchrun started several, and this rank's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return torch.device(PartialState(cpu=device == "cpu").device)
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def offered_models(settings: RewardsSection, names: Sequence[str]) -> dict[str, ModelInfo]:
+    """What the services say of the models ``names``, by name; waits ``start_patience`` for them to be loaded.
+
+    Raises ModelNotOffered for a name that no service has, ConnectionFailed where none answers, ServiceUnavailable for
+    a model that is not ready in time.
+    """
+    give_up = time.monotonic() + settings.start_patience
+    with RewardClient(settings.services, patience=settings.start_patience, api_key=os.environ.get(API_KEY)) as client:
+        while True:
+            known = {info.name: info for info in client.models()}
+            if missing := [name for name in names if name not in known]:
+                raise ModelNotOffered(missing, settings.services)
+            waited_for = [name for name in names if not known[name].ready]
+            if not waited_for:
+                return {name: known[name] for name in names}
+            if time.monotonic() > give_up:
+                message = f"{', '.join(waited_for)} is not ready after {settings.start_patience:.0f} s"
+                raise ServiceUnavailable(message, status=503, code="not_ready")
+            time.sleep(1.0)
+
+
+def build_policy(settings: PolicySection, device: torch.device) -> Policy:
+    """The policy on its device, nothing trained yet. Raises ConfigError for a source that cannot be loaded."""
+    options: dict[str, Any] = {}
+    if settings.max_sequence_length is not None:
+        options["max_sequence_length"] = settings.max_sequence_length
+    try:
+        return from_pretrained(
+            settings.source,
+            device=device,
+            dtype=getattr(torch, settings.dtype),
+            revision=settings.revision,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.source {settings.source}: {' '.join(str(error).split())}") from error
+
+
+def choose_weights(policy: Policy, settings: PolicySection) -> None:
+    """Make the policy's adapters, or its whole network, trainable. Raises ConfigError for what does not fit."""
+    try:
+        if settings.weights == "full":
+            if settings.start is not None:
+                raise ValueError("policy.start holds adapters, and policy.weights is 'full'")
+            policy.train_full()
+        elif settings.start is not None:
+            policy.load_lora(settings.start)
+        else:
+            policy.train_lora(settings.lora_rank, settings.lora_alpha, targets=settings.lora_targets or None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy: {error}") from error
+    if settings.gradient_checkpointing:
+        policy.gradient_checkpointing()
+
+
+def check_sampling(policy: Policy, config: RunConfig) -> None:
+    """Raises ConfigError for more denoising steps than the scheduler was made for, and for impossible sizes."""
+    most = int(policy.pipeline.scheduler.config.num_train_timesteps)
+    for name, steps in (("sampling.steps", config.sampling.steps), ("evaluation.steps", config.evaluation.steps)):
+        if steps is not None and steps > most:
+            raise ConfigError(f"{name} is {steps}, and the scheduler of the policy has {most} timesteps")
+    try:
+        policy.latent_shape(config.sampling.height, config.sampling.width)
+    except ValueError as error:
+        raise ConfigError(f"sampling: {error}") from error
+
+
+def build_guard(config: RunConfig, evaluated: Sequence[Prompt], kl_weight: float) -> Guard | None:
+    """The guard, if there are held-out rewards to see hacking by and something trained to compare them with."""
+    settings, heldout = config.guard, config.evaluation.heldout
+    if settings.mode == "off" or not evaluated or not heldout or not config.rewards.models:
+        if settings.mode == "act":
+            raise ConfigError("guard.mode 'act' needs evaluation.prompts, evaluation.heldout and rewards.models")
+        return None
+    if "drift_limit" in settings.limits and kl_weight == 0:
+        raise ConfigError("guard.limits.drift_limit needs a KL weight above 0: drift is not measured without")
+    values: Mapping[str, Any] = {
+        name: int(value) if float(value).is_integer() and name not in _REAL else value
+        for name, value in settings.limits.items()
+    }
+    try:
+        return Guard(GuardConfig(reward=TOTAL, heldout=heldout, **values))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"guard.limits: {error}") from error
+
+
+_REAL = ("alpha", "release", "heldout_fall", "agreement_fall", "group_std_fall", "diversity_fall", "drift_limit")
+"""Limits that stay real numbers where they happen to be whole."""
