@@ -35,7 +35,6 @@ from trainer_client.checkpoint import Checkpoints, RunIdentity, package_versions
 from trainer_client.config import ConfigError, RewardsSection, RunConfig
 from trainer_client.distributed import derived_seed
 from trainer_client.ema import ema_update_, power_decay
-from trainer_client.guard import Guard, Verdict
 from trainer_client.guard_metrics import TrainingMetrics
 from trainer_client.policies import Conditioning
 from trainer_client.policies.conditioning import PromptCache
@@ -54,10 +53,10 @@ from trainer_client.run_batch import (
     thumbnails,
     watch,
 )
-from trainer_client.run_evaluation import Evaluation, guard_scores
+from trainer_client.run_evaluation import Evaluation
 from trainer_client.run_log import METRICS, RunLog
 from trainer_client.run_setup import (
-    TOTAL,
+    EMA,
     build_guard,
     build_policy,
     check_sampling,
@@ -66,11 +65,11 @@ from trainer_client.run_setup import (
     offered_models,
 )
 from trainer_client.run_state import RunState
+from trainer_client.run_watch import Watch
 
 Settings = TypeVar("Settings", bound=RunConfig)
 MakeRewards = Callable[[RewardsSection, Sequence[str], Mapping[str, str]], Rewards]
 """(settings, names of pointwise models, fingerprints by name) -> where the run gets its rewards."""
-_EMA = "ema"
 _BAD_GRADIENTS = 3
 """Updates in a row without a finite gradient that end a run."""
 
@@ -127,18 +126,18 @@ class Run(Generic[Settings]):
             versions=package_versions(),
         )
         choose_weights(self.policy, config.policy)
-        for name in [*copies, *([_EMA] if config.ema.decay > 0 else [])]:
+        for name in [*copies, *([EMA] if config.ema.decay > 0 else [])]:
             self.policy.weights.add(name)
         self.parameters = self.policy.weights.tensors()
         chosen = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=chosen.lr, betas=chosen.betas, weight_decay=chosen.weight_decay, eps=chosen.eps
         )
-        self._guard = build_guard(config, evaluated, kl_weight)
+        guard = build_guard(config, evaluated, kl_weight)
         self._order = PromptOrder([prompt.text for prompt in self.prompts], config.seed)
         self.counters: dict[str, Any] = {
             "step": 0, "updates": 0, "skipped": 0, "bad_in_a_row": 0, "images": 0, "seconds": 0.0,
-            "kl_weight": kl_weight, "stopped": "", "guard": self._guard.to_json() if self._guard else "",
+            "kl_weight": kl_weight, "stopped": "", "guard": guard.to_json() if guard else "",
             "score": None,
         }  # fmt: skip
         self._state = RunState(
@@ -150,16 +149,14 @@ class Run(Generic[Settings]):
         )
         if found is not None:
             self._state.load(self._checkpoints, self.identity, allow=allow)
-            if self._guard is not None:
-                self._guard = Guard.from_json(self.counters["guard"])
         self._closing = ExitStack()
         self.rewards = make_rewards(config.rewards, trained, fingerprints)
         self._closing.callback(self.rewards.close)
-        self._evaluation: Evaluation | None = None
+        evaluation: Evaluation | None = None
         if evaluated:
             asked = served(config.rewards, [*trained, *watched], fingerprints)
             self._closing.callback(asked.close)
-            self._evaluation = Evaluation(config, evaluated, self.policy, asked)
+            evaluation = Evaluation(config, evaluated, self.policy, asked)
         sampling = config.sampling
         guided = sampling.guidance_scale > 1 and not getattr(self.policy, "guidance_is_input", False)
         self._encode = PromptCache(self.policy.encode_prompts, negative=sampling.negative if guided else None)
@@ -167,7 +164,6 @@ class Run(Generic[Settings]):
         self._seconds: dict[str, float] = {}
         self._submitted: list[tuple[list[int], Tensor]] = []
         self._watched: TrainingMetrics | None = None
-        self._said = "ok"
         distributed.on_main(self._write_config)
         self.log = self._closing.enter_context(
             RunLog(
@@ -180,6 +176,7 @@ class Run(Generic[Settings]):
                 name=f"{algorithm} {self.out.name}",
             )
         )
+        self._watch = Watch(config, self.policy, self.counters, self.log, evaluation, guard)
         self.log.event(self.step, "start" if found is None else "resume", f"{algorithm}, {config.steps} steps in all")
 
     def __enter__(self) -> Self:
@@ -208,14 +205,14 @@ class Run(Generic[Settings]):
         """The steps that are still to do; around them it logs, evaluates, saves and asks the guard."""
         config = self.config
         if self.step == 0:
-            self._evaluate()
+            self._watch.evaluate()
         while self.step < config.steps and not self.counters["stopped"]:
             self._numbers, self._seconds = {}, {}
             before, started = self.rewards.stats(), time.perf_counter()
             yield self.step
             if self._submitted:
                 raise RunFailed("rewards were submitted and not collected")
-            self._observe()
+            self.report(**self._watch.observe(self._watched, self._numbers))
             self._seconds["step"] = time.perf_counter() - started
             after = self.rewards.stats()
             self.counters["step"] += 1
@@ -232,7 +229,7 @@ class Run(Generic[Settings]):
             self.log.train(self.step, self._numbers, seconds=self.counters["seconds"], images=self.counters["images"])
             due = self.step == config.steps or bool(self.counters["stopped"])
             if due or (config.evaluation.every and self.step % config.evaluation.every == 0):
-                self._evaluate()
+                self._watch.evaluate()
             if due or self.counters["stopped"] or self.step % config.checkpoints.every == 0:
                 self.save()
         if not self.counters["stopped"]:
@@ -330,7 +327,7 @@ class Run(Generic[Settings]):
             if self.config.ema.decay > 0 and (done + 1) % self.config.ema.every == 0:
                 weights = self.policy.weights
                 decay = power_decay(done + 1, self.config.ema.decay)
-                ema_update_(weights.tensors(_EMA), weights.tensors(), decay)
+                ema_update_(weights.tensors(EMA), weights.tensors(), decay)
         else:
             self.counters["skipped"] += 1
             self.counters["bad_in_a_row"] += 1
@@ -344,64 +341,13 @@ class Run(Generic[Settings]):
         """Save a checkpoint of this step; the score by which the best one is kept is the first held-out reward's."""
         lora = self.config.policy.weights == "lora"
         exports: dict[str, Callable[[Path], object]] = {"lora": self._export} if lora else {}
-        if self._guard is not None:
-            self.counters["guard"] = self._guard.to_json()
+        self._watch.remember()
         self._state.save(self._checkpoints, self.step, self.identity, score=self.counters["score"], exports=exports)
 
     def _export(self, folder: Path) -> None:
         """Adapters for users: the averaged ones where there are."""
-        name = _EMA if self.config.ema.decay > 0 else TRAINED
+        name = EMA if self.config.ema.decay > 0 else TRAINED
         self.policy.save_lora(folder, name)
-
-    # Watching
-
-    def _evaluate(self) -> None:
-        """Draw the fixed prompts, log their rewards and samples, and tell the guard."""
-        if self._evaluation is None:
-            return
-        config, started = self.config.evaluation, time.perf_counter()
-        averaged = config.weights == "ema" and self.config.ema.decay > 0
-        with self.policy.use(_EMA if averaged else TRAINED):
-            found = self._evaluation.run()
-        numbers = found.numbers()
-        if found.failures:
-            self.log.event(self.step, "warning", f"evaluation: {len(found.failures)} failed: {found.failures[0]}")
-        if self._guard is not None:
-            names = [TOTAL, *config.heldout]
-            scores, ok = guard_scores(found, names)
-            numbers |= self._obey(self._guard.evaluate(self.step, scores, ok))
-        if config.heldout:
-            self.counters["score"] = numbers[f"eval/{config.heldout[0]}"]
-        numbers["time/evaluate"] = time.perf_counter() - started
-        self.log.evaluation(self.step, numbers, seconds=self.counters["seconds"], images=self.counters["images"])
-        scores_PS = {name: torch.where(found.ok[name], values, torch.nan) for name, values in found.scores.items()}
-        texts = [prompt.text for prompt in self._evaluation.prompts]
-        self.log.samples(self.step, texts, self._evaluation.seeds, found.images_PS3HW, scores_PS)
-
-    def _observe(self) -> None:
-        """Tell the guard of this step, and the log what it said."""
-        if self._guard is None or self._watched is None:
-            return
-        # Where every sample was left out there is no KL to tell; it was not zero.
-        drift = self._numbers.get("kl", 0.0 if self._guard.config.drift_limit is not None else None)
-        watched = replace(self._watched, drift=None if drift is None else max(drift, 0.0))
-        self.report(**self._obey(self._guard.observe(self.step + 1, watched)))
-
-    def _obey(self, verdict: Verdict) -> dict[str, float]:
-        """Do what the guard says, as far as ``guard.mode`` lets it, and say so when it changes; numbers for the log."""
-        settings = self.config.guard
-        said = str(verdict) if verdict.action in ("warn", "raise_kl", "stop") else ""
-        if said and (verdict.action != self._said or verdict.action == "raise_kl"):
-            self.log.event(self.step, "guard", said)
-        self._said = verdict.action
-        if settings.mode == "act" and verdict.action == "raise_kl":
-            raised = self.kl_weight * settings.kl_factor or settings.kl_start
-            self.log.event(self.step, "guard", f"the KL weight is now {raised:g}, it was {self.kl_weight:g}")
-            self.counters["kl_weight"] = raised
-        if settings.mode == "act" and verdict.action == "stop" and not self.counters["stopped"]:
-            self.counters["stopped"] = said
-            self.log.event(self.step, "stop", said)
-        return verdict.metrics()
 
     def _write_config(self) -> None:
         """What the run is, for readers and reports."""

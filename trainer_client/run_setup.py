@@ -21,6 +21,8 @@ from trainer_client.rewards import API_KEY
 
 TOTAL = "total"
 """The name of the weighted sum among evaluated rewards."""
+EMA = "ema"
+"""The name of the averaged weights."""
 
 
 def join_ranks(device: str) -> torch.device:
