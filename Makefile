@@ -6,7 +6,7 @@ PORT ?= 8000
 FIXTURES ?= tests/fixtures
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check format test test-full demo serve bench bench-models parity shapes-weights policy-weights k8s-check clean
+.PHONY: help install check format test test-full demo serve bench bench-models bench-wait bench-rl hacking-demo parity shapes-weights policy-weights k8s-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,6 +45,15 @@ bench: $(STAMP)  ## throughput over the offline limit, overload, exactness: rati
 
 bench-models: $(STAMP)  ## images per second of every reward model at its true size (random weights; half an hour)
 	$(BIN)/python -m benchmarks.reward_models $(ARGS)
+
+bench-wait: $(STAMP)  ## what a remote reward costs a training step (minutes)
+	$(BIN)/python -m benchmarks.training.reward_wait $(ARGS)
+
+bench-rl: $(STAMP)  ## Flow-GRPO, DiffusionNFT, Pref-GRPO and ReFL from one start, three seeds (half an hour on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.rl $(ARGS)
+
+hacking-demo: $(STAMP)  ## two flawed rewards, hacked without the guard and held with it; leaves demo/hacking.html
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hacking $(ARGS)
 
 parity: $(STAMP)  ## put a folder of oracle numbers through the product (FIXTURES=DIR; FULL=1: true-size models too)
 	$(BIN)/python -m benchmarks.parity $(FIXTURES) $(if $(FULL),--full)
