@@ -9,7 +9,16 @@ from pathlib import Path
 from rich.console import Console
 
 # Importing them registers their handlers.
-from benchmarks.parity import advantages, grpo, nft, refl, sampling  # noqa: F401
+from benchmarks.parity import (  # noqa: F401
+    advantages,
+    grpo,
+    judge_text,
+    nft,
+    pairwise,
+    preference_losses,
+    refl,
+    sampling,
+)
 from models import parity
 from models.parity import Report, Topic
 

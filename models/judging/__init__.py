@@ -1,0 +1,1 @@
+"""Judges that answer in words: their templates, what their answers say, and preferences made of many answers."""
