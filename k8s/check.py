@@ -1,8 +1,8 @@
 """Render every kustomization with ``kubectl kustomize`` and check it: ``python -m k8s.check``.
 
-Each rendered set (base, overlays, and each overlay with every component) is validated strictly (no unknown field)
-against the schemas of the three newest Kubernetes minor versions that kubernetes-validate ships, and against the rules
-of :mod:`k8s.rules`. Exits 1 when something is wrong, 2 when there is no usable kubectl.
+Each rendered set (base, overlays, each overlay with its training run, and each with every component) is validated
+strictly (no unknown field) against the schemas of the three newest Kubernetes minor versions that kubernetes-validate
+ships, and against the rules of :mod:`k8s.rules`. Exits 1 when something is wrong, 2 when there is no usable kubectl.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path
 import yaml
 from kubernetes_validate import utils as kubernetes
 
-from k8s.rules import Document, Manifests, problems
+from k8s.manifests import Document, Manifests
+from k8s.rules import problems
 
 ROOT = Path(__file__).resolve().parent
+TRAINER = ROOT / "trainer"
 VERSIONS = 3
 WITHOUT_SCHEMA = {("monitoring.coreos.com/v1", "PodMonitor")}
 """Custom resources, whose schemas live with their operators; the rules still check them."""
@@ -36,12 +38,14 @@ def newest_versions(count: int = VERSIONS) -> list[str]:
     return list(minors)[-count:]
 
 
-def overlays() -> list[Path]:
-    return sorted(path.parent for path in ROOT.glob("overlays/*/kustomization.yaml"))
+def overlays(root: Path = ROOT) -> list[Path]:
+    """The service's overlays, or with ``TRAINER`` those of a training run."""
+    return sorted(path.parent for path in root.glob("overlays/*/kustomization.yaml"))
 
 
-def components() -> list[Path]:
-    return sorted(path.parent for path in ROOT.glob("components/*/kustomization.yaml"))
+def components(root: Path = ROOT) -> list[Path]:
+    """The same for components."""
+    return sorted(path.parent for path in root.glob("components/*/kustomization.yaml"))
 
 
 def render(kustomization: Path) -> Manifests:
@@ -63,14 +67,14 @@ def kubectl_version(kubectl: str) -> str:
     return f"{version} (1.27 or newer is needed)"
 
 
-def render_with(overlay: Path, chosen: Sequence[Path]) -> Manifests:
-    """An overlay with components added, as a user's own overlay would have them."""
+def render_with(resources: Sequence[Path], chosen: Sequence[Path] = ()) -> Manifests:
+    """Overlays together, with components added, as a user's own overlay would have them."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()  # kustomize takes relative paths alone, and follows links before them
         kustomization = {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
-            "resources": [os.path.relpath(overlay, folder)],
+            "resources": [os.path.relpath(resource, folder) for resource in resources],
             "components": [os.path.relpath(component, folder) for component in chosen],
         }
         (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
@@ -103,7 +107,12 @@ def rendered() -> Iterator[tuple[str, Manifests]]:
     for overlay in overlays():
         yield f"overlays/{overlay.name}", render(overlay)
     for overlay in overlays():
-        yield f"overlays/{overlay.name} with all components", render_with(overlay, components())
+        yield f"overlays/{overlay.name} with all components", render_with([overlay], components())
+    for run in overlays(TRAINER):
+        pair = [ROOT / "overlays" / run.name, run]
+        yield f"trainer/overlays/{run.name} and its service", render_with(pair)
+        every = [*components(), *components(TRAINER)]
+        yield f"trainer/overlays/{run.name} and its service with all components", render_with(pair, every)
 
 
 def main() -> int:

@@ -3,85 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
-Document = dict[str, Any]
+from k8s import job_rules
+from k8s.manifests import (
+    Document,
+    Manifests,
+    environment,
+    gpus_of,
+    labels_of,
+    mounted_file,
+    name_of,
+    pod_of,
+    selects,
+)
 
 PROBE_ROUTES = {
     "startupProbe": "/health/ready",  # loading and warm-up count
     "readinessProbe": "/health/ready",  # runs the models
     "livenessProbe": "/health/live",  # must not: a busy model is not a dead process
 }
-WRITABLE = ("/tmp", "/var/cache/reward-service", "/var/lib/reward-service")
+WRITABLE = {
+    "Deployment": ("/tmp", "/var/cache/reward-service", "/var/lib/reward-service"),
+    "Job": ("/tmp", "/var/cache/reward-trainer", "/runs"),
+}
 WRITE_S = 10
 """As in service/process.py: seconds that clients have to read their answers after the drain."""
 MIN_STARTUP_S = 300
 """Weights are loaded and models warmed up before the service is ready."""
-
-
-@dataclass(frozen=True)
-class Manifests:
-    """One rendered kustomization."""
-
-    documents: list[Document]
-
-    def of_kind(self, kind: str) -> list[Document]:
-        return [document for document in self.documents if document["kind"] == kind]
-
-    def has(self, kind: str, name: str) -> bool:
-        return any(document["metadata"]["name"] == name for document in self.of_kind(kind))
-
-    def autoscaler(self, deployment: Document) -> Document | None:
-        for autoscaler in self.of_kind("HorizontalPodAutoscaler"):
-            target = autoscaler["spec"]["scaleTargetRef"]
-            if (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"]):
-                return autoscaler
-        return None
-
-    def replicas(self, deployment: Document) -> int:
-        """The least number of replicas that a deployment may have."""
-        autoscaler = self.autoscaler(deployment)
-        spec = autoscaler["spec"].get("minReplicas", 1) if autoscaler else deployment["spec"].get("replicas", 1)
-        return int(spec)
-
-
-def name_of(document: Document) -> str:
-    return f"{document['kind']} {document['metadata']['name']}"
-
-
-def pod_of(deployment: Document) -> Document:
-    pod: Document = deployment["spec"]["template"]["spec"]
-    return pod
-
-
-def labels_of(deployment: Document) -> dict[str, str]:
-    labels: dict[str, str] = deployment["spec"]["template"]["metadata"].get("labels", {})
-    return labels
-
-
-def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Whether a label selector (matchLabels and In/Exists expressions) takes a pod with ``labels``."""
-    if any(labels.get(key) != value for key, value in selector.get("matchLabels", {}).items()):
-        return False
-    for expression in selector.get("matchExpressions", []):
-        key, operator = expression["key"], expression["operator"]
-        if operator == "In" and labels.get(key) not in expression["values"]:
-            return False
-        if operator == "Exists" and key not in labels:
-            return False
-        if operator not in ("In", "Exists"):
-            raise ValueError(f"selector operator {operator} is not known to this check")
-    return True
-
-
-def environment(container: Document) -> dict[str, str]:
-    """The literal environment variables of a container."""
-    return {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
 
 
 def scaled(value: int | str, replicas: int) -> int:
@@ -95,7 +48,6 @@ def check_selectors(manifests: Manifests) -> Iterator[str]:
     deployments = manifests.of_kind("Deployment")
     if not deployments:
         yield "there is no Deployment"
-    pods = [labels_of(deployment) for deployment in deployments]
     for deployment in deployments:
         if not selects(deployment["spec"]["selector"], labels_of(deployment)):
             yield f"{name_of(deployment)}: its selector does not match its own pods"
@@ -107,7 +59,8 @@ def check_selectors(manifests: Manifests) -> Iterator[str]:
             spec = document["spec"]
             selector = {"matchLabels": spec["selector"]} if kind == "Service" else spec.get("selector")
             selector = spec["podSelector"] if kind == "NetworkPolicy" else selector
-            if not any(selects(selector, labels) for labels in pods):
+            takes = manifests.workloads if kind == "NetworkPolicy" else deployments
+            if not any(selects(selector, labels_of(workload)) for workload in takes):
                 yield f"{name_of(document)}: its selector matches no pod"
 
 
@@ -173,51 +126,47 @@ def check_drain(manifests: Manifests) -> Iterator[str]:
 
 
 def settings_of(manifests: Manifests, deployment: Document) -> dict[str, Any]:
-    """The settings file that REWARD_CONFIG of a deployment names, from its ConfigMap; {} where there is none."""
-    pod = pod_of(deployment)
-    container = pod["containers"][0]
-    path = PurePosixPath(environment(container).get("REWARD_CONFIG", ""))
-    volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
-    for mount in container.get("volumeMounts", []):
-        config_map = volumes.get(mount["name"], {}).get("configMap", {}).get("name")
-        if PurePosixPath(mount["mountPath"]) == path.parent:
-            for document in manifests.of_kind("ConfigMap"):
-                if document["metadata"]["name"] == config_map and path.name in document["data"]:
-                    return yaml.safe_load(document["data"][path.name]) or {}
-    return {}
+    """The settings file that REWARD_CONFIG of a deployment names; {} where there is none."""
+    path = PurePosixPath(environment(pod_of(deployment)["containers"][0]).get("REWARD_CONFIG", ""))
+    return yaml.safe_load(mounted_file(manifests, deployment, path) or "") or {}
+
+
+def check_settings(manifests: Manifests) -> Iterator[str]:
+    for deployment in manifests.of_kind("Deployment"):
+        if not settings_of(manifests, deployment):
+            yield f"{name_of(deployment)}: REWARD_CONFIG names no file of a mounted ConfigMap"
+        container = pod_of(deployment)["containers"][0]
+        mounts = {mount["mountPath"] for mount in container.get("volumeMounts", [])}
+        keys_file = environment(container).get("REWARD_API_KEYS_FILE")
+        if keys_file is not None and str(PurePosixPath(keys_file).parent) not in mounts:
+            yield f"{name_of(deployment)}: REWARD_API_KEYS_FILE {keys_file} lies in no mounted volume"
 
 
 def check_references(manifests: Manifests) -> Iterator[str]:
-    for deployment in manifests.of_kind("Deployment"):
-        pod = pod_of(deployment)
-        container = pod["containers"][0]
+    for workload in manifests.workloads:
+        pod = pod_of(workload)
         if not manifests.has("ServiceAccount", pod.get("serviceAccountName", "default")):
-            yield f"{name_of(deployment)}: its ServiceAccount is not among the manifests"
-        if not settings_of(manifests, deployment):
-            yield f"{name_of(deployment)}: REWARD_CONFIG names no file of a mounted ConfigMap"
+            yield f"{name_of(workload)}: its ServiceAccount is not among the manifests"
         volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
         for volume in volumes.values():
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             if claim is not None and not manifests.has("PersistentVolumeClaim", claim):
-                yield f"{name_of(deployment)}: PersistentVolumeClaim {claim} is not among the manifests"
-        mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", [])}
+                yield f"{name_of(workload)}: PersistentVolumeClaim {claim} is not among the manifests"
+        mounts = {mount["mountPath"]: mount for mount in pod["containers"][0].get("volumeMounts", [])}
         for mount in mounts.values():
             if mount["name"] not in volumes:
-                yield f"{name_of(deployment)}: mounts volume {mount['name']}, which the pod does not have"
-        for path in WRITABLE:
+                yield f"{name_of(workload)}: mounts volume {mount['name']}, which the pod does not have"
+        for path in WRITABLE[workload["kind"]]:
             if path not in mounts or mounts[path].get("readOnly"):
-                yield f"{name_of(deployment)}: nothing writable is mounted at {path}"
-        keys_file = environment(container).get("REWARD_API_KEYS_FILE")
-        if keys_file is not None and str(PurePosixPath(keys_file).parent) not in mounts:
-            yield f"{name_of(deployment)}: REWARD_API_KEYS_FILE {keys_file} lies in no mounted volume"
+                yield f"{name_of(workload)}: nothing writable is mounted at {path}"
 
 
 def check_security(manifests: Manifests) -> Iterator[str]:
     for account in manifests.of_kind("ServiceAccount"):
         if account.get("automountServiceAccountToken") is not False:
             yield f"{name_of(account)}: mounts its token"
-    for deployment in manifests.of_kind("Deployment"):
-        pod = pod_of(deployment)
+    for workload in manifests.workloads:
+        pod = pod_of(workload)
         context = pod.get("securityContext", {})
         required = {
             "runAsNonRoot": context.get("runAsNonRoot") is True,
@@ -239,26 +188,26 @@ def check_security(manifests: Manifests) -> Iterator[str]:
                 f"capabilities: drop ALL in {container['name']}": capabilities.get("drop") == ["ALL"],
                 f"no added capability in {container['name']}": not capabilities.get("add"),
             }
-        yield from (f"{name_of(deployment)}: wants {what}" for what, kept in required.items() if not kept)
+        yield from (f"{name_of(workload)}: wants {what}" for what, kept in required.items() if not kept)
 
 
 def check_images(manifests: Manifests) -> Iterator[str]:
-    for deployment in manifests.of_kind("Deployment"):
-        for container in pod_of(deployment)["containers"]:
+    for workload in manifests.workloads:
+        for container in pod_of(workload)["containers"]:
             image = container["image"]
             tag = image.rpartition("/")[2].partition(":")[2]
             if "@sha256:" not in image and tag in ("", "latest"):
-                yield f"{name_of(deployment)}: image {image} has no fixed tag"
+                yield f"{name_of(workload)}: image {image} has no fixed tag"
 
 
 def check_resources(manifests: Manifests) -> Iterator[str]:
+    for workload in manifests.workloads:
+        resources = pod_of(workload)["containers"][0].get("resources", {})
+        if not {"cpu", "memory"} <= resources.get("requests", {}).keys() or "memory" not in resources.get("limits", {}):
+            yield f"{name_of(workload)}: wants requests of cpu and memory and a limit of memory"
     for deployment in manifests.of_kind("Deployment"):
         container = pod_of(deployment)["containers"][0]
-        resources = container.get("resources", {})
-        requests, limits = resources.get("requests", {}), resources.get("limits", {})
-        if not {"cpu", "memory"} <= requests.keys() or "memory" not in limits:
-            yield f"{name_of(deployment)}: wants requests of cpu and memory and a limit of memory"
-        gpus = int(limits.get("nvidia.com/gpu", 0))
+        gpus = gpus_of(container)
         wanted = 1 if environment(container).get("REWARD_DEVICE") == "cuda" else 0
         if gpus != wanted:
             yield f"{name_of(deployment)}: has {gpus} GPUs a pod; its REWARD_DEVICE wants {wanted}"
@@ -297,15 +246,15 @@ def check_disruption_budgets(manifests: Manifests) -> Iterator[str]:
 
 
 def check_network(manifests: Manifests) -> Iterator[str]:
-    for deployment in manifests.of_kind("Deployment"):
-        ports = {port["containerPort"] for port in pod_of(deployment)["containers"][0].get("ports", [])}
+    for workload in manifests.workloads:
+        ports = {port["containerPort"] for port in pod_of(workload)["containers"][0].get("ports", [])}
         policies = [
             policy
             for policy in manifests.of_kind("NetworkPolicy")
-            if selects(policy["spec"]["podSelector"], labels_of(deployment))
+            if selects(policy["spec"]["podSelector"], labels_of(workload))
         ]
         if {kind for policy in policies for kind in policy["spec"].get("policyTypes", [])} != {"Ingress", "Egress"}:
-            yield f"{name_of(deployment)}: no NetworkPolicy closes both its directions"
+            yield f"{name_of(workload)}: no NetworkPolicy closes both its directions"
         for policy in policies:
             for rule in policy["spec"].get("ingress", []):
                 if not all(any(peer.values()) for peer in rule.get("from", [])) or not rule.get("from"):
@@ -322,6 +271,7 @@ RULES = (
     check_ports,
     check_probes,
     check_drain,
+    check_settings,
     check_references,
     check_security,
     check_images,
@@ -329,6 +279,7 @@ RULES = (
     check_autoscalers,
     check_disruption_budgets,
     check_network,
+    *job_rules.RULES,
 )
 
 

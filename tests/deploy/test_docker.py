@@ -14,47 +14,31 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCKER = ROOT / "docker"
+from tests.deploy.dockerfiles import DOCKER, FILES, ROOT, copied, environment, instructions, lineage, stages
 
 
-def instructions(dockerfile: str) -> list[tuple[str, str]]:
-    """(instruction, arguments) of a Dockerfile, with comments dropped and continued lines joined."""
-    lines = [line for line in dockerfile.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1]) for line in joined.splitlines()]
-
-
-def stages(dockerfile: str) -> dict[str, tuple[str, list[tuple[str, str]]]]:
-    """Stage name -> (what it is built from, its instructions)."""
-    found: dict[str, tuple[str, list[tuple[str, str]]]] = {}
-    current: list[tuple[str, str]] = []
-    for name, arguments in instructions(dockerfile):
-        if name == "FROM":
-            parent, _, stage = arguments.partition(" AS ")
-            current = []
-            found[stage] = (parent, current)
-        else:
-            current.append((name, arguments))
-    return found
+@pytest.fixture(params=FILES)
+def image(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(name, Dockerfile) of each image."""
+    return request.param, (DOCKER / FILES[request.param]).read_text()
 
 
 @pytest.fixture(scope="module")
 def dockerfile() -> str:
-    return (DOCKER / "Dockerfile").read_text()
+    """The service's."""
+    return (DOCKER / FILES["service"]).read_text()
 
 
-def lineage(dockerfile: str, stage: str) -> list[str]:
-    """The stage and the stages below it, down to the base image."""
-    found = [stage]
-    while (parent := stages(dockerfile)[found[-1]][0]) in stages(dockerfile):
-        found.append(parent)
-    return found
+@pytest.fixture(scope="module")
+def trainer() -> str:
+    """The trainer's Dockerfile."""
+    return (DOCKER / FILES["trainer"]).read_text()
 
 
-def test_the_final_stage_runs_as_a_numbered_user(dockerfile: str) -> None:
+def test_the_final_stage_runs_as_a_numbered_user(image: tuple[str, str]) -> None:
+    name, dockerfile = image
     *_, last = stages(dockerfile)
-    assert last == "service"
+    assert last == name
     users = [arguments for name, arguments in stages(dockerfile)[last][1] if name == "USER"]
     assert len(users) == 1
     user, _, group = users[0].partition(":")
@@ -62,32 +46,45 @@ def test_the_final_stage_runs_as_a_numbered_user(dockerfile: str) -> None:
     assert int(group) > 0
 
 
-def test_a_code_change_reinstalls_no_dependency(dockerfile: str) -> None:
-    below = lineage(dockerfile, "service")[1:]
+@pytest.mark.parametrize(
+    ("name", "pyproject", "code"),
+    [
+        ("service", "pyproject.toml", {"./models", "./service"}),
+        ("trainer", "trainer_client/pyproject.toml", {"trainer_client"}),
+    ],
+)
+def test_a_code_change_reinstalls_no_dependency(name: str, pyproject: str, code: set[str]) -> None:
+    dockerfile = (DOCKER / FILES[name]).read_text()
+    below = lineage(dockerfile, name)[1:]
     assert below == ["dependencies", "torch", "base"]
-    copied = {
-        stage: [a for n, a in stages(dockerfile)[stage][1] if n in ("COPY", "ADD")] for stage in ["service", *below]
-    }
-    assert copied["base"] == []
-    assert copied["torch"] == ["docker/pip_install.sh /opt/build/"]
-    assert copied["dependencies"] == ["docker/list_requirements.py pyproject.toml /opt/build/"]
-    code = " ".join(arguments for name, arguments in stages(dockerfile)["wheel"][1] if name == "COPY")
-    assert {"./models", "./service"} <= set(code.split())
-    assert any("from=wheel" in arguments for name, arguments in stages(dockerfile)["service"][1] if name == "RUN")
+    assert copied(dockerfile, "base") == []
+    assert copied(dockerfile, "torch") == ["docker/pip_install.sh /opt/build/"]
+    assert copied(dockerfile, "dependencies") == [f"docker/list_requirements.py {pyproject} /opt/build/"]
+    assert code <= set(" ".join(copied(dockerfile, "wheel")).split())
+    assert any("from=wheel" in arguments for kind, arguments in stages(dockerfile)[name][1] if kind == "RUN")
 
 
-def test_base_image_indexes_and_packages_are_arguments(dockerfile: str) -> None:
-    arguments = {a.partition("=")[0]: a.partition("=")[2] for name, a in instructions(dockerfile) if name == "ARG"}
+def test_base_image_indexes_and_packages_are_arguments(image: tuple[str, str]) -> None:
+    name, dockerfile = image
+    arguments = {a.partition("=")[0]: a.partition("=")[2] for kind, a in instructions(dockerfile) if kind == "ARG"}
     assert {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "TORCH_REQUIREMENTS"} <= arguments.keys()
     assert arguments["BASE_IMAGE"].startswith("python:3.")
     assert not arguments["BASE_IMAGE"].endswith(":latest")
     assert arguments["TORCH_INDEX_URL"].endswith("/cpu"), "the default image must not carry CUDA"
-    assert arguments["RUNTIME_PACKAGES"] == '""'
+    assert arguments.get("RUNTIME_PACKAGES") == {"service": '""', "trainer": None}[name]
     assert stages(dockerfile)["base"][0] == "${BASE_IMAGE}"
     assert "${TORCH_INDEX_URL:+--index-url" in dockerfile, "an empty TORCH_INDEX_URL must leave pip its own index"
 
 
-def test_secrets_reach_pip_through_mounts_alone(dockerfile: str) -> None:
+def test_both_images_stand_on_the_same_base(dockerfile: str, trainer: str) -> None:
+    bases = [
+        [a for kind, a in instructions(text) if kind == "ARG" and "BASE_IMAGE" in a] for text in (dockerfile, trainer)
+    ]
+    assert bases[0] == bases[1]
+
+
+def test_secrets_reach_pip_through_mounts_alone(image: tuple[str, str]) -> None:
+    _, dockerfile = image
     installs = [a for name, a in instructions(dockerfile) if name == "RUN" and "pip_install.sh" in a]
     assert len(installs) == 3
     for run in installs:
@@ -96,23 +93,30 @@ def test_secrets_reach_pip_through_mounts_alone(dockerfile: str) -> None:
     assert not re.search(r"(?i)(password|token|_key)=", dockerfile)
 
 
-def test_everything_written_lies_in_a_volume_or_tmp(dockerfile: str) -> None:
-    environment = dict(
-        pair.split("=", 1)
-        for name, arguments in stages(dockerfile)["service"][1]
-        if name == "ENV"
-        for pair in arguments.split()
-    )
-    caches = {"HOME", "XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"}
-    for name in caches | {"REWARD_WEIGHTS_DIR", "REWARD_CACHE_DIR"}:
-        assert environment[name].startswith(("/var/lib/reward-service", "/var/cache/reward-service")), name
-    assert environment["REWARD_HOST"] == "0.0.0.0"
-    assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
+def test_everything_written_lies_in_a_volume_or_tmp(image: tuple[str, str]) -> None:
+    name, dockerfile = image
+    volumes = {
+        "service": ("/var/lib/reward-service", "/var/cache/reward-service"),
+        "trainer": ("/runs", "/var/cache/reward-trainer"),
+    }[name]
+    written = {"HOME", "XDG_CACHE_HOME", "HF_HOME", "CUDA_CACHE_PATH"}
+    written |= {"TRITON_CACHE_DIR", "REWARD_WEIGHTS_DIR", "REWARD_CACHE_DIR"} if name == "service" else set()
+    variables = environment(dockerfile, name)
+    for variable in written:
+        assert variables[variable].startswith(volumes), variable
+    assert variables["PYTHONDONTWRITEBYTECODE"] == "1"
+    (made,) = [a for kind, a in stages(dockerfile)[name][1] if kind == "RUN" and "install -d" in a]
+    assert set(made.split("install -d -o 10001 -g 10001 ")[1].split()) == set(volumes)
 
 
-def test_nothing_reports_usage(dockerfile: str) -> None:
-    (environment,) = [arguments for name, arguments in stages(dockerfile)["service"][1] if name == "ENV"]
-    assert {"ORT_DISABLE_TELEMETRY=1", "HF_HUB_DISABLE_TELEMETRY=1"} <= set(environment.split())
+def test_the_service_is_reached_from_outside_its_container(dockerfile: str) -> None:
+    assert environment(dockerfile, "service")["REWARD_HOST"] == "0.0.0.0"
+
+
+def test_nothing_reports_usage(dockerfile: str, trainer: str) -> None:
+    assert environment(dockerfile, "service")["ORT_DISABLE_TELEMETRY"] == "1"
+    assert environment(dockerfile, "service")["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert environment(trainer, "trainer")["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
 def test_the_service_is_asked_whether_it_is_ready_and_told_to_end_by_sigterm(dockerfile: str) -> None:
@@ -121,6 +125,23 @@ def test_the_service_is_asked_whether_it_is_ready_and_told_to_end_by_sigterm(doc
     assert final["STOPSIGNAL"] == "SIGTERM"
     assert final["ENTRYPOINT"] == '["reward-service"]', "the exec form, or a shell swallows SIGTERM"
     assert final["CMD"] == '["serve"]'
+
+
+def test_the_trainer_ends_as_by_an_interrupt_and_carries_the_embedded_policy(trainer: str) -> None:
+    final = dict(stages(trainer)["trainer"][1])
+    assert final["STOPSIGNAL"] == "SIGINT"
+    assert final["ENTRYPOINT"] == '["reward-trainer"]', "the exec form, or a shell swallows the signal"
+    assert copied(trainer, "trainer") == ["models/shapes/weights/policy /opt/policies/shapes"]
+    assert (ROOT / "models/shapes/weights/policy/model_index.json").is_file()
+
+
+def test_the_trainer_image_has_nothing_of_the_service(trainer: str) -> None:
+    sources = [arguments for stage in stages(trainer) for arguments in copied(trainer, stage)]
+    assert not any("service" in source.split() or "pyproject.toml" in source.split() for source in sources)
+    (requirements,) = [a for kind, a in stages(trainer)["dependencies"][1] if kind == "RUN"]
+    assert "list_requirements.py /opt/build/pyproject.toml train >" in requirements
+    arguments = [a for kind, a in instructions(trainer) if kind == "ARG"]
+    assert 'TORCH_REQUIREMENTS="torch"' in arguments, "torchvision is the service's"
 
 
 def context_files() -> Iterator[str]:
@@ -145,34 +166,43 @@ def context_files() -> Iterator[str]:
             yield name
 
 
-def test_the_context_is_small_and_holds_what_is_copied(dockerfile: str) -> None:
+def test_the_context_is_small() -> None:
     files = set(context_files())
     assert {name.split("/")[0] for name in files} <= {
         "models",
         "service",
+        "trainer_client",
         "docker",
         "pyproject.toml",
         "README.md",
         "LICENSE",
     }
-    assert not any("__pycache__" in name for name in files)
+    assert not any("__pycache__" in name or ".egg-info" in name for name in files)
     assert sum((ROOT / name).stat().st_size for name in files) < 32 << 20
-    for stage, (_, body) in stages(dockerfile).items():
-        for name, arguments in body:
-            for source in arguments.split()[:-1] if name == "COPY" else []:
+
+
+def test_the_context_holds_what_is_copied(image: tuple[str, str]) -> None:
+    _, dockerfile = image
+    files = set(context_files())
+    for stage in stages(dockerfile):
+        for arguments in copied(dockerfile, stage):
+            for source in arguments.split()[:-1]:
                 wanted = source.removeprefix("./")
-                assert any(file == wanted or file.startswith(wanted + "/") for file in files), (
-                    f"{stage} copies {source}"
-                )
+                found = any(file == wanted or file.startswith(wanted + "/") for file in files)
+                assert found, f"{stage} copies {source}"
 
 
 def test_requirements_are_those_of_the_project(tmp_path: Path) -> None:
     pyproject = tmp_path / "pyproject.toml"
-    pyproject.write_text('[project]\nname = "x"\ndependencies = ["torch>=2.9", "uvicorn[standard]"]\n')
-    command = [sys.executable, str(DOCKER / "list_requirements.py"), str(pyproject)]
-    assert (
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout == "torch>=2.9\nuvicorn[standard]\n"
+    pyproject.write_text(
+        '[project]\nname = "x"\ndependencies = ["torch>=2.9", "uvicorn[standard]"]\n'
+        '[project.optional-dependencies]\ntrain = ["peft"]\nother = ["scipy"]\n'
     )
+    command = [sys.executable, str(DOCKER / "list_requirements.py"), str(pyproject)]
+    own = "torch>=2.9\nuvicorn[standard]\n"
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == own
+    assert subprocess.run([*command, "train"], capture_output=True, text=True, check=True).stdout == own + "peft\n"
+    assert subprocess.run([*command, "missing"], capture_output=True, text=True, check=False).returncode != 0
     pyproject.write_text('[project]\nname = "x"\n')
     assert subprocess.run(command, capture_output=True, text=True, check=False).returncode != 0
 

@@ -13,19 +13,12 @@ import pytest
 import yaml
 
 from k8s import check, rules
-from k8s.rules import Document, Manifests
+from k8s.manifests import Document, Manifests, labels_of, pod_of, selects
 from service.app import create_app
 from service.settings import Settings
 from service.telemetry import Telemetry
 
 Perturbation = Callable[[Manifests], object]
-
-
-@pytest.fixture(scope="module")
-def rendered() -> dict[str, Manifests]:
-    if shutil.which("kubectl") is None and os.environ.get("CI") != "true":
-        pytest.skip("kubectl is not installed; CI fails here instead")
-    return dict(check.rendered())
 
 
 @pytest.fixture
@@ -44,7 +37,7 @@ def only(manifests: Manifests, kind: str) -> Document:
 
 
 def container_of(manifests: Manifests) -> Document:
-    container: Document = rules.pod_of(only(manifests, "Deployment"))["containers"][0]
+    container: Document = pod_of(only(manifests, "Deployment"))["containers"][0]
     return container
 
 
@@ -55,8 +48,13 @@ def test_every_overlay_and_component_is_checked(rendered: dict[str, Manifests]) 
         "overlays/gpu",
         "overlays/cpu with all components",
         "overlays/gpu with all components",
+        "trainer/overlays/cpu and its service",
+        "trainer/overlays/gpu and its service",
+        "trainer/overlays/cpu and its service with all components",
+        "trainer/overlays/gpu and its service with all components",
     }
     assert [path.name for path in check.components()] == ["api-keys", "hub-egress", "monitoring", "weights-volume"]
+    assert [path.name for path in check.components(check.TRAINER)] == ["api-key", "hub-egress"]
 
 
 def test_manifests_are_valid_for_three_versions(rendered: dict[str, Manifests]) -> None:
@@ -85,7 +83,7 @@ def test_a_misspelt_field_and_a_wrong_type_are_schema_problems(cpu: Manifests) -
 
 
 def test_the_component_patches_arrive(gpu: Manifests) -> None:
-    pod = rules.pod_of(only(gpu, "Deployment"))
+    pod = pod_of(only(gpu, "Deployment"))
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes["weights"] == {
         "name": "weights",
@@ -104,11 +102,11 @@ def test_egress_is_dns_alone_without_components(cpu: Manifests) -> None:
 def test_clients_and_prometheus_alone_may_connect(cpu: Manifests) -> None:
     (rule,) = only(cpu, "NetworkPolicy")["spec"]["ingress"]
     client, prometheus = rule["from"]
-    assert rules.selects(client["podSelector"], {"reward-service/client": "true"})
-    assert not rules.selects(client["podSelector"], {"app": "anything"})
-    assert not rules.selects(prometheus["podSelector"], {"reward-service/client": "true"})
-    assert rules.selects(prometheus["namespaceSelector"], {"kubernetes.io/metadata.name": "monitoring"})
-    assert not rules.selects(prometheus["namespaceSelector"], {"kubernetes.io/metadata.name": "default"})
+    assert selects(client["podSelector"], {"reward-service/client": "true"})
+    assert not selects(client["podSelector"], {"app": "anything"})
+    assert not selects(prometheus["podSelector"], {"reward-service/client": "true"})
+    assert selects(prometheus["namespaceSelector"], {"kubernetes.io/metadata.name": "monitoring"})
+    assert not selects(prometheus["namespaceSelector"], {"kubernetes.io/metadata.name": "default"})
 
 
 def test_overlays_can_share_a_namespace(rendered: dict[str, Manifests]) -> None:
@@ -119,8 +117,8 @@ def test_overlays_can_share_a_namespace(rendered: dict[str, Manifests]) -> None:
         spec = only(cpu, kind)["spec"]
         selector = spec["podSelector"] if kind == "NetworkPolicy" else spec["selector"]
         selector = {"matchLabels": selector} if kind == "Service" else selector
-        assert rules.selects(selector, rules.labels_of(only(cpu, "Deployment")))
-        assert not rules.selects(selector, rules.labels_of(only(gpu, "Deployment")))
+        assert selects(selector, labels_of(only(cpu, "Deployment")))
+        assert not selects(selector, labels_of(only(gpu, "Deployment")))
 
 
 def test_a_changed_setting_rolls_the_pods(tmp_path: Path, rendered: dict[str, Manifests]) -> None:
@@ -129,7 +127,7 @@ def test_a_changed_setting_rolls_the_pods(tmp_path: Path, rendered: dict[str, Ma
     settings.write_text(settings.read_text() + "log_level: DEBUG\n")
 
     def mounted(manifests: Manifests) -> Any:
-        return rules.pod_of(only(manifests, "Deployment"))["volumes"][0]["configMap"]["name"]
+        return pod_of(only(manifests, "Deployment"))["volumes"][0]["configMap"]["name"]
 
     assert mounted(check.render(tmp_path / "base")) != mounted(rendered["base"])
 
@@ -157,7 +155,7 @@ def test_the_autoscaler_reads_a_gauge_of_the_service(gpu: Manifests) -> None:
 
 
 def pod(manifests: Manifests) -> Document:
-    return rules.pod_of(only(manifests, "Deployment"))
+    return pod_of(only(manifests, "Deployment"))
 
 
 def deployment_spec(manifests: Manifests) -> Document:
