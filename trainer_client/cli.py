@@ -16,6 +16,8 @@ from rich.table import Table
 
 from trainer_client.config import ConfigError, RunConfig, load_config
 from trainer_client.errors import RewardError
+from trainer_client.evaluate import evaluate_command
+from trainer_client.report import report_command, write_report
 
 
 class Algorithm(NamedTuple):
@@ -38,6 +40,8 @@ STOPS = (ConfigError, RewardError, OSError, ValueError)
 _STOP_NAMES = frozenset({"RunFailed", "RankFailed", "CheckpointError"})
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
 Name = Annotated[str, typer.Argument(metavar="ALGORITHM", help=", ".join(ALGORITHMS))]
 
 
@@ -67,10 +71,16 @@ def train(
     """Fine-tune a text-to-image model by rewards of a service."""
     with one_line():
         run, kind = chosen(algorithm)
-        folder = run(load_config(kind, config, set_ or ()), out, resume=resume, allow=allow or ())
-        report, distributed = import_module("trainer_client.report"), import_module("trainer_client.distributed")
-        if distributed.is_main():
-            typer.echo(f"report: {report.write_report(folder)}")
+        distributed = import_module("trainer_client.distributed")
+        leave = import_module("trainer_client.run_setup").leave_ranks
+        try:
+            folder = run(load_config(kind, config, set_ or ()), out, resume=resume, allow=allow or ())
+            if distributed.is_main():
+                typer.echo(f"report: {write_report(folder)}")
+        except BaseException:
+            leave(together=False)
+            raise
+        leave(together=True)
 
 
 @app.command()

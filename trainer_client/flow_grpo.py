@@ -43,6 +43,10 @@ class FlowGRPOConfig(GroupConfig):
     )
     window_size: int = Field(3, ge=1, description="steps of the window")
     window_every: int = Field(1, ge=1, description="rollouts after which the sliding window moves")
+    shared_noise: bool = Field(
+        False,
+        description="a group starts from one noise, so that its rewards differ by its drawn steps alone (DanceGRPO)",
+    )
     clip: float = Field(1e-4, gt=0, description="the ratio is clipped to 1 - clip ... 1 + clip")
     clip_high: float | None = Field(None, gt=0, description="another upper clip range")
     ratio: Literal["ppo", "guard"] = Field("ppo", description="'guard': GRPO-Guard's ratio, unbiased at low noise")
@@ -104,23 +108,29 @@ def train(
     with Run(
         "flow_grpo", config, out, make_rewards=make_rewards, kl_weight=config.beta, resume=resume, allow=allow
     ) as run:
-        policy = flow_policy(run)
-        sigmas = policy.sigmas(config.sampling.steps, config.sampling.height, config.sampling.width)
-        for step in run.steps():
-            batch, window = run.next_batch(), choose_window(config, step, run.generator("window"))
-            pieces: list[Piece] = []
-            for chunk in range(config.updates_per_step):
-                for rows in batch.pieces(config.sampling.batch_size, chunk):
-                    conditioning = run.conditioning([batch.prompts[row] for row in rows])
-                    with run.stage("sample"):
-                        latents, drawn = rollout(policy, conditioning, batch, rows, sigmas, window, config)
-                    with run.stage("decode"), torch.no_grad():
-                        run.submit(policy.decode(latents), batch, rows)
-                    pieces.append(Piece(rows, conditioning, drawn))
-            advantages = run.advantages(batch)
-            with run.stage("train"):
-                learn(run, policy, batch, pieces, advantages, sigmas)
+        optimise(run)
     return Path(out)
+
+
+def optimise(run: Run[FlowGRPOConfig]) -> None:
+    """All steps of a run that are still to do: rollout, rewards, updates. Raises ConfigError for a policy that is no
+    rectified flow."""
+    config, policy = run.config, flow_policy(run)
+    sigmas = policy.sigmas(config.sampling.steps, config.sampling.height, config.sampling.width)
+    for step in run.steps():
+        batch, window = run.next_batch(), choose_window(config, step, run.generator("window"))
+        pieces: list[Piece] = []
+        for chunk in range(config.updates_per_step):
+            for rows in batch.pieces(config.sampling.batch_size, chunk):
+                conditioning = run.conditioning([batch.prompts[row] for row in rows])
+                with run.stage("sample"):
+                    latents, drawn = rollout(policy, conditioning, batch, rows, sigmas, window, config)
+                with run.stage("decode"), torch.no_grad():
+                    run.submit(policy.decode(latents), batch, rows)
+                pieces.append(Piece(rows, conditioning, drawn))
+        advantages = run.advantages(batch)
+        with run.stage("train"):
+            learn(run, policy, batch, pieces, advantages, sigmas)
 
 
 def flow_policy(run: Run[FlowGRPOConfig]) -> FlowPolicy:
@@ -152,7 +162,8 @@ def rollout(
 ) -> tuple[Tensor, list[Drawn]]:
     """Clean latents [b, C, h, w] of some rows, and the steps of the window."""
     generators, sampling = [batch.generators[row] for row in rows], config.sampling
-    x = policy.initial_latents(generators, sampling.height, sampling.width)
+    starts = [batch.group_generator(row) for row in rows] if config.shared_noise else generators
+    x = policy.initial_latents(starts, sampling.height, sampling.width)
     drawn: list[Drawn] = []
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         velocity = policy.velocity(x, sigma, conditioning, sampling.guidance_scale)

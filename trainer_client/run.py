@@ -106,6 +106,10 @@ class Run(Generic[Settings]):
         if not resume and (self.out / METRICS).exists():
             raise ConfigError(f"{self.out} holds a run already: go on with --resume, or take another folder")
         self.device = join_ranks(config.policy.device)
+        if config.images_per_step < distributed.world_size():
+            raise ConfigError(
+                f"{config.images_per_step} images a step cannot be shared by {distributed.world_size()} ranks"
+            )
         self.prompts = load_prompts(config.prompts)
         evaluated = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else []
         trained = list(config.rewards.models)
@@ -148,7 +152,8 @@ class Run(Generic[Settings]):
             counters=self.counters,
         )
         if found is not None:
-            self._state.load(self._checkpoints, self.identity, allow=allow)
+            changed = ["fingerprints"] if config.rewards.allow_fingerprint_change else []
+            self._state.load(self._checkpoints, self.identity, allow=[*allow, *changed])
         self._closing = ExitStack()
         self.rewards = make_rewards(config.rewards, trained, fingerprints)
         self._closing.callback(self.rewards.close)
@@ -311,11 +316,14 @@ class Run(Generic[Settings]):
     # Weights
 
     def update(self) -> None:
-        """One optimizer step with the gradients that every rank has gathered, averaged over ranks.
+        """One optimizer step with the gradients that every rank has gathered, averaged over ranks; none counts as 0.
 
         A gradient that is not finite is left out and counted. Raises RunFailed after three in a row.
         """
         settings, done = self.config.optimizer, int(self.counters["updates"])
+        for parameter in self.parameters:
+            if parameter.grad is None:  # AdamW would leave it alone, and on several ranks it would not
+                parameter.grad = torch.zeros_like(parameter)
         distributed.average_gradients_(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
         lr = settings.lr * min(1.0, (done + 1) / settings.warmup_steps) if settings.warmup_steps else settings.lr

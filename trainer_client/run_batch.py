@@ -26,6 +26,7 @@ class Batch:
     optimizer steps a sample counts. ``generators`` draw a sample's noise, whatever batch it is drawn in.
     """
 
+    seed: int
     step: int
     indices: range
     prompts: list[Prompt]
@@ -35,6 +36,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def group_generator(self, row: int) -> torch.Generator:
+        """A fresh generator that is the same for all samples of the row's group, on every rank."""
+        seed = distributed.derived_seed(self.seed, self.step, "group", int(self.group_B[row]))
+        return torch.Generator().manual_seed(seed)
 
     def pieces(self, size: int, chunk: int | None = None) -> Iterator[list[int]]:
         """Rows of the batch (or of one chunk), at most ``size`` at a time."""
@@ -59,6 +65,7 @@ def draw_batch(config: RunConfig, step: int, prompts: Sequence[Prompt], order: P
     own = distributed.own_share(config.images_per_step)
     groups = [index // config.images_per_prompt for index in own]
     return Batch(
+        config.seed,
         step,
         own,
         [prompts[taken[group]] for group in groups],

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState  # type: ignore[import-untyped]
 
+from trainer_client import distributed
 from trainer_client.client import RewardClient
 from trainer_client.config import ConfigError, PolicySection, RewardsSection, RunConfig
 from trainer_client.errors import ModelNotOffered, ServiceUnavailable
@@ -30,6 +35,17 @@ def join_ranks(device: str) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return torch.device(PartialState(cpu=device == "cpu").device)
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def leave_ranks(*, together: bool) -> None:
+    """Part from the other ranks, if there are some: threads of the group must not outlive the interpreter.
+
+    ``together`` waits for all of them first; without it they see a broken connection, as when this process dies.
+    """
+    if dist.is_available() and dist.is_initialized():
+        if together:
+            distributed.barrier()
+        dist.destroy_process_group()
 
 
 def offered_models(settings: RewardsSection, names: Sequence[str]) -> dict[str, ModelInfo]:
@@ -55,6 +71,9 @@ def offered_models(settings: RewardsSection, names: Sequence[str]) -> dict[str, 
 
 def build_policy(settings: PolicySection, device: torch.device) -> Policy:
     """The policy on its device, nothing trained yet. Raises ConfigError for a source that cannot be loaded."""
+    source = settings.source
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ConfigError(f"policy.source {source}: no such folder, and a hub id is written namespace/name")
     options: dict[str, Any] = {}
     if settings.max_sequence_length is not None:
         options["max_sequence_length"] = settings.max_sequence_length
@@ -82,7 +101,8 @@ def choose_weights(policy: Policy, settings: PolicySection) -> None:
         else:
             policy.train_lora(settings.lora_rank, settings.lora_alpha, targets=settings.lora_targets or None)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"policy: {error}") from error
+        what = "policy" if settings.start is None else f"policy.start {settings.start}"
+        raise ConfigError(f"{what}: {error}") from error
     if settings.gradient_checkpointing:
         policy.gradient_checkpointing()
 
@@ -108,6 +128,9 @@ def build_guard(config: RunConfig, evaluated: Sequence[Prompt], kl_weight: float
         return None
     if "drift_limit" in settings.limits and kl_weight == 0:
         raise ConfigError("guard.limits.drift_limit needs a KL weight above 0: drift is not measured without")
+    known = {field.name for field in fields(GuardConfig)} - {"reward", "heldout"}
+    if unknown := sorted({*settings.limits} - known):
+        raise ConfigError(f"guard.limits: there is no limit {unknown[0]!r}; there are {', '.join(sorted(known))}")
     values: Mapping[str, Any] = {
         name: int(value) if float(value).is_integer() and name not in _REAL else value
         for name, value in settings.limits.items()

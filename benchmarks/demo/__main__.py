@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from benchmarks.demo import agreement, gradients, mistakes, report, scoring, terminal
+from benchmarks.demo import agreement, gradients, mistakes, report, scoring, terminal, training
 from benchmarks.demo.document import Call, Document, Section, call_table
 from benchmarks.demo.pictures import PHOTOS
 from benchmarks.demo.session import DidNotStopCleanly, Session, service
@@ -47,6 +47,7 @@ PARTS = (
     Part("Groups of drawings", frozenset({"shapes-oracle", "shapes-clip"}), scoring.drawings),
     Part("Agreement with the truth", frozenset({"shapes-oracle", "shapes-clip"}), agreement.agreement),
     Part("Gradients over HTTP", frozenset({"shapes-oracle", "shapes-clip"}), gradients.gradient),
+    Part("Training: Flow-GRPO", frozenset({"shapes-oracle", "shapes-clip"}), training.training),
     Part("Mistakes", frozenset({"jpeg-compressibility", "ocr", "shapes-oracle"}), mistakes.mistakes),
 )
 
