@@ -47,7 +47,7 @@ PARTS = (
     Part("Groups of drawings", frozenset({"shapes-oracle", "shapes-clip"}), scoring.drawings),
     Part("Agreement with the truth", frozenset({"shapes-oracle", "shapes-clip"}), agreement.agreement),
     Part("Gradients over HTTP", frozenset({"shapes-oracle", "shapes-clip"}), gradients.gradient),
-    Part("Training: Flow-GRPO", frozenset({"shapes-oracle", "shapes-clip"}), training.training),
+    Part("Training: DiffusionNFT", frozenset({"shapes-oracle", "shapes-clip"}), training.training),
     Part("Mistakes", frozenset({"jpeg-compressibility", "ocr", "shapes-oracle"}), mistakes.mistakes),
 )
 

@@ -1,4 +1,4 @@
-"""Flow-GRPO on the embedded policy with a learned reward over HTTP, and what the oracle, held out, says of it."""
+"""DiffusionNFT on the embedded policy with a learned reward over HTTP, and what the oracle, held out, says of it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from models.shapes.policy_evaluation import grid
 from trainer_client.eval_statistics import mean_interval, paired_difference
 
 RUN = ROOT / "demo" / "training"
-STEPS = 36
+STEPS = 12
 """Rollouts of 192 images: under five minutes on two cores."""
 SHOWN = 8
 """Prompts of the picture."""
 TIMEOUT_S = 1800
-PLAN = next(plan for plan in PLANS if plan.name == "Flow-GRPO")
+PLAN = next(plan for plan in PLANS if plan.name == "DiffusionNFT")
 
 
 def training(session: Session) -> Section:
@@ -36,7 +36,7 @@ def training(session: Session) -> Section:
     command = [sys.executable, "-m", "trainer_client", "train", PLAN.algorithm]
     command += ["--config", str(settings), "--out", str(RUN)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT)
-    title = "Training: Flow-GRPO"
+    title = "Training: DiffusionNFT"
     if done.returncode != 0:
         return Section(title, "", failures=(f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}",))
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]

@@ -13,12 +13,14 @@ EXACT, LEARNED = "shapes-oracle", "shapes-clip"
 
 @dataclass(frozen=True)
 class Plan:
-    """One kind of run: ``reward`` is trained on, ``heldout`` watched; ``settings`` are the algorithm's own."""
+    """One kind of run: ``reward`` is trained on, by its score or (``judged``) by its comparisons; ``heldout`` are only
+    watched; ``settings`` are the algorithm's own."""
 
     name: str
     algorithm: str
     reward: str
-    heldout: str
+    heldout: tuple[str, ...]
+    judged: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -36,12 +38,12 @@ class Plan:
             "train_batch_size": 64,
             "policy": {"source": str(POLICY), "weights": "full", "max_sequence_length": 0},
             "sampling": {"steps": 10, "batch_size": 96},
-            "rewards": {"services": [url], "models": {self.reward: 1.0}},
+            "rewards": {"services": [url], "models": {} if self.judged else {self.reward: 1.0}},
             "optimizer": {"lr": 1e-4},
             "ema": {"decay": 0.0},
             "evaluation": {
-                "prompts": "shapes:heldout", "count": 240, "seeds": 2, "every": max(steps // 4, 1),
-                "heldout": [self.heldout],
+                "prompts": "shapes:heldout", "count": 240, "seeds": 2, "every": max(steps // 3, 1),
+                "heldout": list(self.heldout),
             },
             "checkpoints": {"every": steps},
             "logging": {"tensorboard": False},
@@ -59,14 +61,17 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 GRPO: dict[str, Any] = {"group_size": 16, "window": "fast", "window_size": 3}
-NFT: dict[str, Any] = {"group_size": 16}
-PREF: dict[str, Any] = {**GRPO, "judge": LEARNED, "judge_weight": 1.0, "rewards": {"models": {}}}
-REFL: dict[str, Any] = {"prompts_per_step": 192}
+NFT: dict[str, Any] = {"group_size": 16, "timestep_fraction": 0.4, "kl_beta": 0.0, "optimizer": {"lr": 2e-4}}
+PREF: dict[str, Any] = {**GRPO, "judge": LEARNED}
+REFL: dict[str, Any] = {
+    "prompts_per_step": 192, "updates_per_step": 2, "train_batch_size": 32, "step_range": [4, 8], "target": 12.0,
+    "optimizer": {"lr": 3e-5},
+}  # fmt: skip
 PLANS = (
-    Plan("Flow-GRPO, exact reward", "flow-grpo", EXACT, LEARNED, GRPO),
-    Plan("DiffusionNFT, exact reward", "nft", EXACT, LEARNED, NFT),
-    Plan("Flow-GRPO", "flow-grpo", LEARNED, EXACT, GRPO),
-    Plan("DiffusionNFT", "nft", LEARNED, EXACT, NFT),
-    Plan("Pref-GRPO", "pref-grpo", LEARNED, EXACT, PREF),
-    Plan("ReFL", "refl", LEARNED, EXACT, REFL),
+    Plan("DiffusionNFT, exact reward", "nft", EXACT, (LEARNED,), settings=NFT),
+    Plan("Flow-GRPO, exact reward", "flow-grpo", EXACT, (LEARNED,), settings=GRPO),
+    Plan("DiffusionNFT", "nft", LEARNED, (EXACT,), settings=NFT),
+    Plan("Flow-GRPO", "flow-grpo", LEARNED, (EXACT,), settings=GRPO),
+    Plan("Pref-GRPO", "pref-grpo", LEARNED, (EXACT,), judged=True, settings=PREF),
+    Plan("ReFL", "refl", LEARNED, (EXACT,), settings=REFL),
 )

@@ -94,7 +94,8 @@ def percent(interval: Interval) -> str:
 def row_of(plan: Plan, outcomes: Sequence[Outcome]) -> list[str]:
     """One line of the table."""
     exact = [change([outcome], EXACT) for outcome in outcomes]
-    learned = change(outcomes, LEARNED)
+    # A judge's run has no absolute score of its judge.
+    learned = change(outcomes, LEARNED) if LEARNED in outcomes[0].before else None
     start = float(np.nanmean([outcome.before[EXACT].mean() for outcome in outcomes]))
     return [
         plan.name,
@@ -102,7 +103,7 @@ def row_of(plan: Plan, outcomes: Sequence[Outcome]) -> list[str]:
         f"{100 * start:.1f}",
         percent(change(outcomes, EXACT)),
         ", ".join(f"{100 * each.mean:+.1f}" for each in exact),
-        f"{learned.mean:+.2f} [{learned.low:+.2f}, {learned.high:+.2f}]",
+        f"{learned.mean:+.2f} [{learned.low:+.2f}, {learned.high:+.2f}]" if learned else "",
         f"{outcomes[0].images}",
         f"{np.mean([outcome.seconds for outcome in outcomes]):.0f}",
     ]
@@ -115,7 +116,7 @@ HEAD = (
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="rollouts of 192 images")] = 40,
+    steps: Annotated[int, typer.Option(help="rollouts of 192 images")] = 18,
     seeds: Annotated[int, typer.Option(help="runs of each kind")] = 3,
     jobs: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
     only: Annotated[list[str] | None, typer.Option(help="names of plans; all by default")] = None,

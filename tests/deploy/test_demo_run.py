@@ -12,7 +12,7 @@ import yaml
 from benchmarks.training.plans import PLANS
 from tests.deploy.dockerfiles import DOCKER, FILES, ROOT, copied
 from trainer_client.config import load_config
-from trainer_client.flow_grpo import FlowGRPOConfig
+from trainer_client.nft import NFTConfig
 from trainer_client.policies import from_pretrained
 from trainer_client.policies.flow_pipeline import FlowPolicy
 from trainer_client.prompts import load_prompts
@@ -22,8 +22,8 @@ JOB = ROOT / "k8s/trainer/base/run.toml"
 
 
 @pytest.fixture(scope="module")
-def config() -> FlowGRPOConfig:
-    return load_config(FlowGRPOConfig, DEMO)
+def config() -> NFTConfig:
+    return load_config(NFTConfig, DEMO)
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -33,23 +33,23 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_job_runs_what_compose_runs() -> None:
-    load_config(FlowGRPOConfig, JOB)
+    load_config(NFTConfig, JOB)
     assert plain(tomllib.loads(JOB.read_text())) == plain(tomllib.loads(DEMO.read_text()))
 
 
 def test_containers_train_with_the_values_of_make_demo() -> None:
     values = tomllib.loads(DEMO.read_text())
-    demo = next(plan for plan in PLANS if plan.name == "Flow-GRPO").configuration("", values["steps"], seed=0)
+    demo = next(plan for plan in PLANS if plan.name == "DiffusionNFT").configuration("", values["steps"], seed=0)
     for section in ("sampling", "optimizer", "ema"):
         assert values[section] == demo[section]
-    for key in ("prompts", "prompts_per_step", "group_size", "train_batch_size", "window", "window_size"):
+    for key in ("prompts", "prompts_per_step", "group_size", "train_batch_size", "timestep_fraction", "kl_beta"):
         assert values[key] == demo[key]
     assert values["rewards"]["models"] == demo["rewards"]["models"]
     assert values["evaluation"]["heldout"] == demo["evaluation"]["heldout"]
     assert values["policy"] == demo["policy"] | {"source": values["policy"]["source"]}
 
 
-def test_the_service_is_found_by_its_name(config: FlowGRPOConfig) -> None:
+def test_the_service_is_found_by_its_name(config: NFTConfig) -> None:
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
     (url,) = config.rewards.services
     assert urlsplit(url).port == 8000
@@ -58,26 +58,26 @@ def test_the_service_is_found_by_its_name(config: FlowGRPOConfig) -> None:
 
 
 @pytest.mark.parametrize("settings", ["docker/settings.yaml", "k8s/base/settings.yaml"])
-def test_the_service_has_the_rewards(config: FlowGRPOConfig, settings: str) -> None:
+def test_the_service_has_the_rewards(config: NFTConfig, settings: str) -> None:
     served = set(yaml.safe_load((ROOT / settings).read_text())["models"])
     assert config.rewards.models.keys() | set(config.evaluation.heldout) <= served
     assert config.evaluation.heldout, "what is optimised must not be all that is watched"
 
 
-def test_the_image_has_the_policy_at_its_place(config: FlowGRPOConfig) -> None:
+def test_the_image_has_the_policy_at_its_place(config: NFTConfig) -> None:
     (policy,) = copied((DOCKER / FILES["trainer"]).read_text(), "trainer")
     source, target = policy.split()
     assert target == config.policy.source
     loaded = from_pretrained(ROOT / source, max_sequence_length=config.policy.max_sequence_length)
-    assert isinstance(loaded, FlowPolicy), "Flow-GRPO trains flows"
+    assert isinstance(loaded, FlowPolicy), "DiffusionNFT trains flows"
 
 
-def test_prompts_are_shipped_and_evaluation_has_its_own(config: FlowGRPOConfig) -> None:
+def test_prompts_are_shipped_and_evaluation_has_its_own(config: NFTConfig) -> None:
     trained, evaluated = load_prompts(config.prompts), load_prompts(config.evaluation.prompts or "")
     assert len(trained) >= config.prompts_per_step
     assert len(evaluated) >= config.evaluation.count
     assert {prompt.text for prompt in trained}.isdisjoint(prompt.text for prompt in evaluated)
 
 
-def test_a_killed_run_loses_little(config: FlowGRPOConfig) -> None:
+def test_a_killed_run_loses_little(config: NFTConfig) -> None:
     assert config.checkpoints.every <= config.steps // 4

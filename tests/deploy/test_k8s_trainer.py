@@ -53,7 +53,7 @@ def test_the_job_names_the_service_of_its_variant(device: str, request: pytest.F
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_a_run_that_is_applied_again_or_restarted_goes_on(device: str, request: pytest.FixtureRequest) -> None:
     arguments = job_rules.expanded(container_of(request.getfixturevalue(device)))
-    assert arguments[:2] == ["train", "flow-grpo"]
+    assert arguments[:2] == ["train", "nft"]
     assert "--resume" in arguments
     assert job_rules.option(arguments, "--out") == "/runs/demo"
 
