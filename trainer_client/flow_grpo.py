@@ -26,7 +26,7 @@ from trainer_client.policies import Conditioning
 from trainer_client.policies.flow_pipeline import FlowPolicy
 from trainer_client.rewards import served
 from trainer_client.run import MakeRewards, Run
-from trainer_client.run_batch import Advantages, Batch, Means
+from trainer_client.run_batch import Advantages, Batch, Means, parts
 from trainer_client.sampling import Transition, draw, log_prob, ode_transition, transition
 from trainer_client.windows import flow_grpo_fast_window, mix_grpo_window, random_steps
 
@@ -199,7 +199,7 @@ def learn(
             worth = advantages.ok_B[rows]
             if config.drop_zero_advantages and run.kl_weight == 0:
                 worth &= advantages.advantage_B[rows] != 0
-            for places in torch.split(worth.nonzero().flatten(), config.train_batch_size):
+            for places in parts(worth.nonzero().flatten(), config.train_batch_size):
                 advantage_B = advantages.advantage_B[rows[places]].float().to(run.device)
                 told = piece.conditioning[places]
                 for drawn in piece.steps:

@@ -26,7 +26,7 @@ from trainer_client.policies import Conditioning
 from trainer_client.policies.flow_pipeline import FlowPolicy
 from trainer_client.rewards import served
 from trainer_client.run import MakeRewards, Run
-from trainer_client.run_batch import Advantages, Batch, Means
+from trainer_client.run_batch import Advantages, Batch, Means, parts
 from trainer_client.solvers import Solver, solve
 
 OLD = "old"
@@ -170,7 +170,7 @@ def learn(
             if int(batch.chunk_B[piece.rows[0]]) != chunk:
                 continue
             rows = torch.tensor(piece.rows)
-            for places in torch.split(advantages.ok_B[rows].nonzero().flatten(), config.train_batch_size):
+            for places in parts(advantages.ok_B[rows].nonzero().flatten(), config.train_batch_size):
                 generators = [batch.generators[row] for row in rows[places].tolist()]
                 told, x0 = piece.conditioning[places], piece.x0[places.to(run.device)]
                 chosen_B = probability_B[rows[places]].to(run.device)

@@ -50,7 +50,7 @@ class PretrainingSection(Section):
 
 
 class ReFLConfig(RunConfig):
-    """Values of the published code where they do not depend on the machine.
+    """ReFL; ``grad_scale``, ``target`` and the range of late steps are those of the published code.
 
     ``train_batch_size`` images are sampled, decoded, scored and differentiated at once.
     """

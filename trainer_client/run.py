@@ -103,7 +103,7 @@ class Run(Generic[Settings]):
         self.algorithm, self.config, self.out = algorithm, config, Path(out)
         self._checkpoints = Checkpoints(self.out / "checkpoints", keep=config.checkpoints.keep)
         found = self._checkpoints.latest()
-        if not resume and (self.out / METRICS).exists():
+        if not resume and (found is not None or (self.out / METRICS).exists()):
             raise ConfigError(f"{self.out} holds a run already: go on with --resume, or take another folder")
         self.device = join_ranks(config.policy.device)
         if config.images_per_step < distributed.world_size():
@@ -154,6 +154,11 @@ class Run(Generic[Settings]):
         if found is not None:
             changed = ["fingerprints"] if config.rewards.allow_fingerprint_change else []
             self._state.load(self._checkpoints, self.identity, allow=[*allow, *changed])
+        if self.counters["stopped"]:
+            if "stopped" not in allow:
+                reason = self.counters["stopped"]
+                raise ConfigError(f"the guard stopped this run at step {self.step} (--allow stopped goes on): {reason}")
+            self.counters["stopped"] = ""
         self._closing = ExitStack()
         self.rewards = make_rewards(config.rewards, trained, fingerprints)
         self._closing.callback(self.rewards.close)
@@ -212,7 +217,7 @@ class Run(Generic[Settings]):
         if self.step == 0:
             self._watch.evaluate()
         while self.step < config.steps and not self.counters["stopped"]:
-            self._numbers, self._seconds = {}, {}
+            self._numbers, self._seconds, self.counters["score"] = {}, {}, None
             before, started = self.rewards.stats(), time.perf_counter()
             yield self.step
             if self._submitted:

@@ -75,6 +75,12 @@ def draw_batch(config: RunConfig, step: int, prompts: Sequence[Prompt], order: P
     )
 
 
+def parts(rows_N: Tensor, size: int) -> Iterator[Tensor]:
+    """``rows_N`` int64 [N], at most ``size`` at a time; nothing for no rows, where torch.split gives an empty part."""
+    for start in range(0, len(rows_N), size):
+        yield rows_N[start : start + size]
+
+
 def gathered(found: RewardBatch) -> RewardBatch:
     """Rewards of every rank, in the order of ranks; the failures stay this rank's own."""
     return RewardBatch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -56,7 +57,8 @@ class Watch:
             scores, ok = guard_scores(found, names)
             numbers |= self._obey(self._guard.evaluate(step, scores, ok))
         if config.heldout:
-            self._counters["score"] = numbers[f"eval/{config.heldout[0]}"]
+            score = numbers[f"eval/{config.heldout[0]}"]
+            self._counters["score"] = score if math.isfinite(score) else None
         numbers["time/evaluate"] = time.perf_counter() - started
         self._log.evaluation(step, numbers, seconds=self._counters["seconds"], images=self._counters["images"])
         scores_PS = {name: torch.where(found.ok[name], values, torch.nan) for name, values in found.scores.items()}

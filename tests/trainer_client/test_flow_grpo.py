@@ -282,6 +282,21 @@ def test_samples_that_teach_nothing_may_be_left_out(policy: Path, server: Reward
     assert tiny_run.distance(dropped, kept, Naive(tiny_run.config(tmp_path, policy, server.url)).start) < 1e-5
 
 
+def test_a_rollout_that_teaches_nothing_leaves_the_weights(policy: Path, server: RewardServer, tmp_path: Path) -> None:
+    """Every group is drawn alone and all of its images are equally good: nothing is left to train on."""
+    server_default = server.default
+    server.default = lambda handler, received: answer_well(handler, received, first_item_alike)
+    try:
+        config = tiny_run.config(tmp_path, policy, server.url, sampling={"batch_size": 4})
+        out = train(config, tmp_path / "run")
+    finally:
+        server.default = server_default
+    assert [row["zero_std_ratio"] for row in tiny_run.rows(out)] == [1.0, 1.0]
+    start = Naive(config).start
+    for name, tensor in tiny_run.tensors(out, 2).items():
+        assert torch.equal(tensor, start[name])
+
+
 def first_item_alike(answer: dict[str, Any]) -> dict[str, Any]:
     for i, result in enumerate(answer.get("results", [])):
         scores = [0.5 if i == 0 else tiny_run.coarse(score) for score in result["scores"]["mean"]]
