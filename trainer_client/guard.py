@@ -14,12 +14,16 @@ fixed prompts and seeds by the training reward and by held-out rewards (:meth:`G
 
 How noise is kept from tripping it:
 
-- The standard error of a change between evaluations is that over prompts and, in quadrature, the robust standard
-  deviation (1.4826 x MAD) of the mean's jumps from each evaluation to the next: a policy wobbles with all its prompts
-  together, which no number of prompts tells. Judging begins with the fifth evaluation, when three jumps are known.
-- Each signal may fire falsely in a whole run with probability ``alpha`` at most (Bonferroni): the k-th look at a block
-  is tested at alpha / (k (k + 1)); the comparison with the best of k evaluations at alpha / (k^2 (k + 1)), since the
-  best one was chosen. This holds as far as the t-tests do: prompts (steps) independent, means near normal.
+- The standard error of a change between evaluations is that over prompts and, in quadrature, what the prompts share: a
+  policy wobbles with all its prompts together, which no number of prompts tells. It is seen in the bends of the mean's
+  course (:func:`trainer_client.guard_metrics.with_wobble`), so a steady fall is no wobble. Judging begins with the
+  fifth evaluation, when three jumps from one to the next are known.
+- Each signal raises a false alarm in a whole run with probability ``alpha`` at most: Bonferroni over the looks, with a
+  ``patience`` times larger level since an alarm takes that many in a row (:func:`guard_signals.level_of_look`). The
+  k-th look at a block is tested at alpha patience / (k (k + 1)); the comparison with the best of k evaluations, of
+  which the fourth is the first to be judged, at 4 alpha patience / (k^2 (k + 1)), since the best one was chosen. This
+  holds as far as the t-tests do: prompts (steps) independent, means near normal, and no fall that is real: a policy
+  that loses quality by an aimless walk has lost it. ``python -m benchmarks.hacking.guard_rates`` measures it.
 - A signal must fire ``patience`` times in a row before anything is said. Looks without enough data neither count nor
   break the row.
 - Once it has, only ``recovery`` looks in a row with at most ``release`` of the limit end the alarm; looks in between
@@ -62,7 +66,7 @@ __all__ = ["Action", "Finding", "Guard", "GuardConfig", "Verdict"]
 Action: TypeAlias = Literal["ok", "not_enough_data", "warn", "raise_kl", "stop"]
 """What to do, from best to worst."""
 SEVERITY: tuple[Action, ...] = ("ok", "not_enough_data", "warn", "raise_kl", "stop")
-VERSION = 1
+VERSION = 2
 """Of the saved state."""
 
 
@@ -231,6 +235,7 @@ class Guard:
                 limit=limit,
                 pooled=pooled,
                 alpha=self.config.alpha,
+                patience=self.config.patience,
                 release=self.config.release,
                 least=self.config.min_prompts,
             )
@@ -250,9 +255,18 @@ class Guard:
         if len(values) < 2 or 2 * len(values) < config.window:
             return Look("unknown", f"only {len(values)} of the last {config.window} steps have a value")
         if signal == "drift" and config.drift_limit is not None:
-            return look_at_drift(block, values, limit=config.drift_limit, alpha=config.alpha, release=config.release)
+            return look_at_drift(
+                block,
+                values,
+                limit=config.drift_limit,
+                alpha=config.alpha,
+                patience=config.patience,
+                release=config.release,
+            )
         limit = config.group_std_fall if signal == "group_std" else config.diversity_fall
-        look = look_at_fall(block, values, limit=limit, alpha=config.alpha, release=config.release)
+        look = look_at_fall(
+            block, values, limit=limit, alpha=config.alpha, patience=config.patience, release=config.release
+        )
         return replace(look, only_warn=signal == "group_std")
 
     def _take(self, name: str, step: int, look: Look) -> None:

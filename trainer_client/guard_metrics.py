@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -228,15 +229,27 @@ def _variance(values: Sequence[float], mean: float) -> float:
     return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
-def robust_std(values: Sequence[float]) -> float:
-    """1.4826 x the median distance from the median: the standard deviation of normal values, blind to a few outliers.
+def with_wobble(change: Change, jumps: Sequence[float], errors: Sequence[float]) -> Change:
+    """The change, with the noise that all prompts of an evaluation share in its standard error.
 
-    A trend moves the median and adds nothing; one sudden fall adds nothing either. 0 for no values.
+    ``jumps`` are the mean's changes from each evaluation to the next, ``errors`` their standard errors over prompts.
+    What is noise in the jumps shows in their bends, the differences of successive ones: a steady trend has none. The
+    variance of a jump is (1.4826 x the median size of the bends)^2 / 2, which one sudden fall leaves alone; that is so
+    where the mean walks at random, and 1.5 times too much where it wobbles independently about a line: the careful
+    side. The prompts explain the median of ``errors``^2 of it, and the rest is shared: it adds to the change's
+    own variance, with Satterthwaite's degrees of freedom, in which each bend counts as one.
+    Fewer than two jumps change nothing.
     """
-    if not values:
-        return 0.0
-    middle = statistics.median(values)
-    return 1.4826 * statistics.median([abs(value - middle) for value in values])
+    bends = [abs(after - before) for before, after in pairwise(jumps)]
+    if not bends:
+        return change
+    jump_variance = (1.4826 * statistics.median(bends)) ** 2 / 2
+    shared = max(0.0, jump_variance - statistics.median(error**2 for error in errors))
+    parts = [(change.standard_error**2, change.degrees), (shared, float(len(bends)))]
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / degrees for part, degrees in parts)
+    degrees = variance**2 / spread if spread > 0 else change.degrees
+    return replace(change, standard_error=math.sqrt(variance), degrees=degrees)
 
 
 def _p_above(mean: float, standard_error: float, degrees: float) -> float:

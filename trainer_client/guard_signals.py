@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from trainer_client.guard_metrics import Change, fall_beyond, mean_above, paired_change, pooled_std, robust_std
+from trainer_client.guard_metrics import Change, fall_beyond, mean_above, paired_change, pooled_std, with_wobble
 
 LookState: TypeAlias = Literal["fires", "holds", "clear", "unknown"]
 """Beyond the limit for sure; neither; well within the limit; not enough data."""
@@ -29,8 +29,8 @@ class GuardConfig:
     """Name of the training reward (or of the weighted total) in the evaluations."""
     heldout: tuple[str, ...]
     """Names of the rewards that are not trained on; at least one, for hacking can't be seen without."""
-    alpha: float = 0.01
-    """Probability, for each signal and whole run, of firing falsely once."""
+    alpha: float = 0.05
+    """Bound of the probability, for each signal and whole run, of a false alarm."""
     patience: int = 2
     """Firings in a row before anything is said."""
     stop_after: int = 5
@@ -88,7 +88,8 @@ class Look:
 class Best:
     """The best evaluation of a score so far, [prompts, seeds] with NaN for failures, chosen from ``looks``.
 
-    ``last_PS`` is the last evaluation, ``jumps`` the mean changes from each to the next.
+    ``last_PS`` is the last evaluation, ``jumps`` the mean changes from each to the next and ``errors`` their standard
+    errors over prompts.
     """
 
     scores_PS: list[list[float]]
@@ -96,6 +97,7 @@ class Best:
     last_PS: list[list[float]]
     looks: int = 1
     jumps: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
 
 
 def as_scores(rows: list[list[float]]) -> Tensor:
@@ -123,13 +125,37 @@ class Block:
         return values
 
 
+def level_of_look(alpha: float, look: int, patience: int, first: int = 1) -> float:
+    """What the p-value at the look number ``look`` must be below, where number ``first`` was the first to be judged.
+
+    alpha first / (look (look + 1)) adds up to alpha over all looks (Bonferroni), and ``patience`` times that is
+    allowed: an alarm is ``patience`` firings in a row, so every alarm holds one of the looks first + patience - 1,
+    first + 2 patience - 1, ..., and since levels fall those alone have at most a ``patience``-th of the sum.
+    """
+    return min(alpha, alpha * patience * first / (look * (look + 1)))
+
+
+def level_of_best(alpha: float, look: int, patience: int) -> float:
+    """The level of a comparison with the best of ``look`` evaluations: a ``look``-th, since the best was chosen."""
+    return level_of_look(alpha, look, patience, first=LEAST_JUMPS + 1) / look
+
+
 def known_prompts(scores_PS: Tensor) -> int:
     """Prompts with at least one score."""
     return int((~scores_PS.isnan()).any(1).sum())
 
 
 def look_at_scores(
-    best: Best, step: int, scores_PS: Tensor, *, limit: float, pooled: bool, alpha: float, release: float, least: int
+    best: Best,
+    step: int,
+    scores_PS: Tensor,
+    *,
+    limit: float,
+    pooled: bool,
+    alpha: float,
+    release: float,
+    least: int,
+    patience: int,
 ) -> Look:
     """Compare an evaluation with the best one before, which it replaces if it is better.
 
@@ -142,9 +168,9 @@ def look_at_scores(
         reason = f"{change.count} prompts can be paired with those of step {best.step}, {least} are needed"
         return Look("unknown", reason, {"count": change.count})
     # Prompts tell the noise of measuring; that the policy itself wobbles, all prompts together, only time tells.
-    change = replace(change, standard_error=math.hypot(change.standard_error, robust_std(best.jumps)))
+    change = with_wobble(change, best.jumps, best.errors)
     limit = limit * pooled_std(before_PS, scores_PS) if pooled else limit
-    level = alpha / (best.looks**2 * (best.looks + 1))
+    level = level_of_best(alpha, best.looks, patience)
     reason = (
         f"{change.mean:+.4g} (standard error {change.standard_error:.2g}, {change.count} prompts) against its best, "
         f"at step {best.step}; p = {change.p_fall:.2g} for a fall, level {level:.2g}, limit {limit:.2g}"
@@ -154,6 +180,7 @@ def look_at_scores(
     known_jumps = len(best.jumps)
     best.looks += 1
     best.jumps.append(jump.mean)
+    best.errors.append(jump.standard_error)
     best.last_PS = scores_PS.tolist()
     if change.mean > 0 and known_prompts(scores_PS) >= KEPT_TO_BE_BEST * known_prompts(before_PS):
         best.scores_PS, best.step = best.last_PS, step
@@ -163,7 +190,9 @@ def look_at_scores(
     return Look(_state(fires, -change.mean, release * limit), reason, numbers)
 
 
-def look_at_fall(block: Block, values: list[float], *, limit: float, alpha: float, release: float) -> Look:
+def look_at_fall(
+    block: Block, values: list[float], *, limit: float, alpha: float, patience: int, release: float
+) -> Look:
     """Compare a full block with the first one; ``limit`` is the relative fall that is tolerated."""
     if not block.baseline:
         if statistics.fmean(values) <= 0:
@@ -171,7 +200,7 @@ def look_at_fall(block: Block, values: list[float], *, limit: float, alpha: floa
         block.baseline = values
         return Look("unknown", "this is the first block: there is none to compare with")
     block.looks += 1
-    level = alpha / (block.looks * (block.looks + 1))
+    level = level_of_look(alpha, block.looks, patience)
     change = fall_beyond(block.baseline, values, limit)
     mean, before = statistics.fmean(values), statistics.fmean(block.baseline)
     fall = 1 - mean / before
@@ -183,10 +212,12 @@ def look_at_fall(block: Block, values: list[float], *, limit: float, alpha: floa
     return Look(_state(change.p_fall < level, fall, release * limit), reason, numbers)
 
 
-def look_at_drift(block: Block, values: list[float], *, limit: float, alpha: float, release: float) -> Look:
+def look_at_drift(
+    block: Block, values: list[float], *, limit: float, alpha: float, patience: int, release: float
+) -> Look:
     """Compare a full block with an absolute limit."""
     block.looks += 1
-    level = alpha / (block.looks * (block.looks + 1))
+    level = level_of_look(alpha, block.looks, patience)
     change = mean_above(values, limit)
     mean = statistics.fmean(values)
     reason = (

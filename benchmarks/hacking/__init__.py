@@ -1,1 +1,1 @@
-"""Reward hacking shown on purpose and stopped: ``python -m benchmarks.hacking``, and the report that it writes."""
+"""Reward hacking provoked, without and with the guard: ``python -m benchmarks.hacking``, and its report."""

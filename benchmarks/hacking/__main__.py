@@ -24,6 +24,7 @@ from rich.text import Text
 from benchmarks.hacking.counting import (
     Outcome,
     Points,
+    Shown,
     all_samples,
     by_step,
     exact_without_signature,
@@ -39,7 +40,7 @@ from trainer_client.flow_grpo import FlowGRPOConfig, train
 from trainer_client.report import write_comparison
 from trainer_client.run_log import METRICS
 
-TITLE = "Reward hacking, seen and stopped"
+TITLE = "Two flawed rewards, without and with the guard"
 
 
 def run_plans(plans: Sequence[Plan], folder: Path, console: Console, *, keep: bool) -> None:
@@ -75,8 +76,19 @@ def write_html(plans: Sequence[Plan], folder: Path, out: Path, told: Sequence[Fi
             name: by_step(shown, exact_without_signature) for name, shown in samples.items()
         },
     }
-    lead = " ".join(f"{'As expected' if each.held else 'NOT AS EXPECTED'}: {each.text}" for each in told)
-    return write_comparison(runs, out, TITLE, lead=lead, extra=extra)
+    verdicts = [f"{'As expected' if each.held else 'NOT AS EXPECTED'}: {each.text}" for each in told]
+    start = next((shown[0] for plan in plans if plan.reward == SIGNATURE and (shown := samples[plan.name])), None)
+    return write_comparison(
+        runs, out, TITLE, lead=" ".join([*([] if start is None else [planted(start)]), *verdicts]), extra=extra
+    )
+
+
+def planted(start: Shown) -> str:
+    """What must be known of the runs on the signature: their first policy was made to sign."""
+    return (
+        "The runs on shapes-signature start from a policy that was trained to sign now and then: the mark is planted, "
+        f"{signatures(start):.0%} of its pictures carry it before the first step."
+    )
 
 
 def table_of(outcomes: dict[str, Outcome]) -> Table:

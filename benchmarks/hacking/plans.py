@@ -21,7 +21,7 @@ SERVICE = {
 """Settings of the service that serves the flawed rewards beside the honest ones."""
 PROMPTS_PER_TASK, SEEDS = 20, 2
 """Of the evaluation: most prompts of each of GenEval's six tasks (ten single objects are all there are), and noises of
-each prompt. With 42 prompts a fall of the exact score by 0.24 was not significant to the guard (p = 0.0009)."""
+each prompt. Of falls by 0.2 within 5 evaluations the guard acts on 17 of 20 with 110 x 2 (8 of 20 with 42 x 2)."""
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,17 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
+from tests.trainer_client.example_run import write_run
 from trainer_client.guard import SEVERITY, Guard, GuardConfig, Verdict
 from trainer_client.guard_metrics import TrainingMetrics
+from trainer_client.run_log import EVENTS
 
 PROMPTS, SEEDS, EVALUATIONS, WINDOW = 96, 4, 24, 10
 CONFIG = GuardConfig(reward="train", heldout=("quality", "taste"), drift_limit=1.0)
@@ -207,6 +210,21 @@ def test_hacking_is_caught_in_every_run(shape: str) -> None:
         if stopped_within is not None:
             assert stopped is not None, seed
             assert raised < stopped <= start + stopped_within, seed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plain_hack_is_stopped_with_twenty_prompts_and_the_defaults(tmp_path: Path, seed: int) -> None:
+    """The held-out mean rises from 0.3 to 0.5 until step 50, then falls steadily; the training reward rises."""
+    events = [json.loads(line) for line in open_events(write_run(tmp_path / "hacked", hacked=True, seed=seed, side=8))]
+    said = {word: [each["step"] for each in events if each["text"].startswith(word)] for word in ("raise_kl", "stop")}
+    assert 60 < said["raise_kl"][0] <= 90
+    assert said["raise_kl"][0] < said["stop"][0] <= 120
+    honest = open_events(write_run(tmp_path / "honest", seed=seed, side=8))
+    assert not any(json.loads(line)["kind"] == "guard" for line in honest)
+
+
+def open_events(run: Path) -> list[str]:
+    return (run / EVENTS).read_text(encoding="utf-8").splitlines()
 
 
 WARNED = {

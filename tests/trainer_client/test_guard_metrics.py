@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer_client.guard_metrics import (
+    Change,
     TrainingMetrics,
     fall_beyond,
     group_diversity,
@@ -21,6 +22,7 @@ from trainer_client.guard_metrics import (
     pooled_std,
     rank_correlations,
     training_metrics,
+    with_wobble,
 )
 
 Rows = list[tuple[float, float, int, bool]]
@@ -236,3 +238,48 @@ def test_the_unit_of_a_fall_pools_both_evaluations() -> None:
     before, after = torch.tensor([[0.0, 2.0, math.nan]]), torch.tensor([[1.0, 1.0, 1.0]])
     assert pooled_std(before, after) == pytest.approx(1.0)  # variances 2 and 0
     assert math.isnan(pooled_std(before, torch.tensor([[1.0, math.nan, math.nan]])))
+
+
+PRECISE = Change(mean=-0.3, standard_error=0.02, count=100, degrees=99)
+
+
+def test_a_steady_fall_is_no_wobble() -> None:
+    jumps = [-0.05, -0.05, -0.05, -0.05]
+    found = with_wobble(PRECISE, jumps, [0.01] * 4)
+    assert found.standard_error == pytest.approx(PRECISE.standard_error, abs=1e-12)
+    assert found.degrees == pytest.approx(PRECISE.degrees)
+    assert found.p_fall == pytest.approx(PRECISE.p_fall, rel=1e-6)
+
+
+def test_one_sudden_fall_is_no_wobble() -> None:
+    before = with_wobble(PRECISE, [0.01, -0.01] * 4, [0.0] * 8)
+    after = with_wobble(PRECISE, [*[0.01, -0.01] * 4, -0.8, 0.01], [0.0] * 10)
+    assert after.standard_error == pytest.approx(before.standard_error, rel=0.01)
+
+
+def test_the_wobble_is_that_of_a_random_walk_and_larger_for_independent_noise() -> None:
+    rng = np.random.default_rng(0)
+    exact = Change(-0.3, 0.0, 100, 99)
+    walk = rng.normal(size=4000)
+    assert with_wobble(exact, walk.tolist(), [0.0] * 4000).standard_error == pytest.approx(1.0, rel=0.05)
+    noise = np.diff(rng.normal(size=4001))  # the difference of two has a standard deviation of sqrt(2)
+    expected = pytest.approx(math.sqrt(2) * math.sqrt(1.5), rel=0.05)
+    assert with_wobble(exact, noise.tolist(), [0.0] * 4000).standard_error == expected
+
+
+def test_what_the_prompts_explain_of_the_bends_is_not_counted_twice() -> None:
+    jumps = np.random.default_rng(1).normal(size=4000) * 0.05  # as large as their standard error says
+    alone = with_wobble(PRECISE, jumps.tolist(), [0.05] * 4000)
+    assert alone.standard_error == pytest.approx(PRECISE.standard_error, rel=0.1)
+    assert with_wobble(PRECISE, jumps.tolist(), [0.03] * 4000).standard_error == pytest.approx(
+        math.hypot(0.02, 0.04), rel=0.05
+    )
+
+
+def test_few_bends_make_a_wobble_unsure() -> None:
+    few = with_wobble(PRECISE, [0.1, -0.1, 0.1], [0.0] * 3)
+    many = with_wobble(PRECISE, [0.1, -0.1] * 20, [0.0] * 40)
+    assert few.standard_error == pytest.approx(many.standard_error)
+    assert few.degrees < 2.1 < 38 < many.degrees < 41
+    assert few.p_fall > 1.5 * many.p_fall
+    assert with_wobble(PRECISE, [0.1], [0.0]) == PRECISE
