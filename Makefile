@@ -52,7 +52,7 @@ bench-wait: $(STAMP)  ## what a remote reward costs a training step (minutes)
 bench-rl: $(STAMP)  ## Flow-GRPO, DiffusionNFT, Pref-GRPO and ReFL from one start, three seeds (half an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.rl $(ARGS)
 
-hacking-demo: $(STAMP)  ## two flawed rewards, hacked without the guard and held with it; leaves demo/hacking.html
+hacking-demo: $(STAMP)  ## two flawed rewards, trained on without the guard and with it; leaves demo/hacking.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hacking $(ARGS)
 
 parity: $(STAMP)  ## put a folder of oracle numbers through the product (FIXTURES=DIR; FULL=1: true-size models too)

@@ -58,7 +58,7 @@ def train(
     algorithm: Name,
     out: Annotated[Path, typer.Option(help="folder of the run")],
     config: Annotated[
-        Path | None, typer.Option(help="TOML file; `reward-trainer options` lists what it may hold")
+        Path | None, typer.Option(help="TOML file; `reward-trainer options ALGORITHM` lists its keys")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="overrides the file: optimizer.lr=1e-4")

@@ -49,7 +49,9 @@ class FlowGRPOConfig(GroupConfig):
     )
     clip: float = Field(1e-4, gt=0, description="the ratio is clipped to 1 - clip ... 1 + clip")
     clip_high: float | None = Field(None, gt=0, description="another upper clip range")
-    ratio: Literal["ppo", "guard"] = Field("ppo", description="'guard': GRPO-Guard's ratio, unbiased at low noise")
+    ratio: Literal["ppo", "guard"] = Field(
+        "ppo", description="'guard': GRPO-Guard's ratio, without its weight 1 / |dt|"
+    )
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference (0.01 to 0.04 in the paper)")
     kl: Literal["diffusion", "std"] = Field("diffusion", description="KL by g^2 as in the code, or by g^2 |dt|")
     advantage_clip: float = Field(5.0, gt=0)

@@ -21,6 +21,9 @@ from trainer_client.reward_queue import Handle, QueueStats, RewardQueue, RewardS
 API_KEY = "REWARD_API_KEY"
 """The environment variable with the services' key."""
 
+MOST_IMAGES, MOST_BYTES = 64, 64 << 20
+"""Of one request: half of what a service takes by default in bytes, and its images of one item."""
+
 
 @dataclass(frozen=True)
 class RewardBatch:
@@ -68,7 +71,10 @@ class PointwiseRewards:
         self._handles: list[Handle[ScoreResponse]] = []
 
     def submit(self, images_B3HW: Tensor, prompts: Sequence[Prompt], group_B: Sequence[int]) -> None:
-        self._handles.append(self._queue.submit(items_of(images_B3HW, prompts, group_B)))
+        size = max(1, min(MOST_IMAGES, MOST_BYTES // max(images_B3HW[:1].nbytes, 1)))
+        for start in range(0, len(images_B3HW), size):
+            rows = slice(start, start + size)
+            self._handles.append(self._queue.submit(items_of(images_B3HW[rows], prompts[rows], group_B[rows])))
 
     def collect(self) -> RewardBatch:
         handles, self._handles = self._handles, []

@@ -103,7 +103,8 @@ class Run(Generic[Settings]):
         self.algorithm, self.config, self.out = algorithm, config, Path(out)
         self._checkpoints = Checkpoints(self.out / "checkpoints", keep=config.checkpoints.keep)
         found = self._checkpoints.latest()
-        if not resume and (found is not None or (self.out / METRICS).exists()):
+        log = self.out / METRICS  # empty where a run was refused after its log was opened
+        if not resume and (found is not None or (log.exists() and log.stat().st_size > 0)):
             raise ConfigError(f"{self.out} holds a run already: go on with --resume, or take another folder")
         self.device = join_ranks(config.policy.device)
         if config.images_per_step < distributed.world_size():
@@ -179,7 +180,7 @@ class Run(Generic[Settings]):
             RunLog(
                 self.out,
                 total_steps=config.steps,
-                resume_step=None if not resume else -1 if found is None else found,
+                resume_step=found if found is not None else -1 if log.exists() or resume else None,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
                 progress=config.logging.progress,
@@ -197,7 +198,7 @@ class Run(Generic[Settings]):
     ) -> None:
         if error is not None:
             self.log.event(self.step, "stop", f"{type(error).__name__}: {error}")
-        self._closing.close()
+        self._closing.__exit__(kind, error, trace)
 
     # The loop
 

@@ -16,7 +16,7 @@ from trainer_client.guard_metrics import group_diversity
 from trainer_client.policies import Policy
 from trainer_client.prompts import Prompt
 from trainer_client.rewards import RewardBatch, Rewards
-from trainer_client.run_batch import gathered
+from trainer_client.run_batch import gathered, thumbnails
 from trainer_client.run_setup import TOTAL
 
 
@@ -44,7 +44,7 @@ class Evaluated:
         prompts, seeds = failed.shape
         if seeds > 1:
             groups = torch.arange(prompts).repeat_interleave(seeds)
-            found["eval/diversity"] = float(group_diversity(self.images_PS3HW.flatten(0, 1), groups).mean())
+            found["eval/diversity"] = float(group_diversity(thumbnails(self.images_PS3HW.flatten(0, 1)), groups).mean())
         return found
 
 

@@ -91,6 +91,8 @@ def build_policy(settings: PolicySection, device: torch.device) -> Policy:
 
 def choose_weights(policy: Policy, settings: PolicySection) -> None:
     """Make the policy's adapters, or its whole network, trainable. Raises ConfigError for what does not fit."""
+    if settings.dtype == "float16":
+        raise ConfigError("policy.dtype float16 needs a scaled loss, which training does not have: take bfloat16")
     try:
         if settings.weights == "full":
             if settings.start is not None:

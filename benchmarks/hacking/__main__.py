@@ -1,6 +1,6 @@
 """``python -m benchmarks.hacking`` (make hacking-demo): two flawed rewards, each trained on without and with the guard.
 
-Every run is the product's own Flow-GRPO on the embedded policy, with rewards over HTTP; the exact score of
+Every run is the product's own DiffusionNFT on the embedded policy, with rewards over HTTP; the exact score of
 shapes-oracle is held out. The unguarded run's guard looks on and may say what it sees, but changes nothing. What was
 expected and what came out stand beside each other in the report and on the terminal; exit code 1 if they differ.
 """
@@ -36,7 +36,7 @@ from benchmarks.hacking.plans import HACKED, HONEST, SERVICE, SIGNATURE, Plan, w
 from benchmarks.hacking.signing_policy import SigningConfig, write_policy
 from benchmarks.server import ROOT, serve
 from trainer_client.config import parse_config
-from trainer_client.flow_grpo import FlowGRPOConfig, train
+from trainer_client.nft import NFTConfig, train
 from trainer_client.report import write_comparison
 from trainer_client.run_log import METRICS
 
@@ -55,8 +55,8 @@ def run_plans(plans: Sequence[Plan], folder: Path, console: Console, *, keep: bo
             if keep and (out / "finished").exists():
                 continue
             shutil.rmtree(out, ignore_errors=True)
-            console.print(f"{plan.name}: Flow-GRPO on {plan.reward}, {plan.steps} steps at most", highlight=False)
-            train(parse_config(FlowGRPOConfig, plan.configuration(server.url, prompts, policy)), out)
+            console.print(f"{plan.name}: DiffusionNFT on {plan.reward}, {plan.steps} steps at most", highlight=False)
+            train(parse_config(NFTConfig, plan.configuration(server.url, prompts, policy)), out)
             (out / "finished").touch()
 
 

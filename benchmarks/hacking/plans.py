@@ -46,11 +46,12 @@ class Plan:
         return self.name.replace(", ", "-").replace(" ", "-")
 
     def configuration(self, url: str, prompts: Path, signing_policy: Path) -> dict[str, Any]:
-        """The values of a Flow-GRPO run with the service at ``url``, evaluated on the file ``prompts``.
+        """The values of a DiffusionNFT run with the service at ``url``, evaluated on the file ``prompts``.
 
         A run on the signature starts from the folder ``signing_policy``, the others from the embedded policy.
 
-        Small groups and few denoising steps: a step takes four seconds of one CPU core. The guard keeps its defaults.
+        Small groups and few denoising steps, so that a step takes seconds of one CPU core. Not Flow-GRPO: within so few
+        images even its honest run lost exact score (benchmarks/results/hacking.md). The guard keeps its defaults.
         """
         source = signing_policy if self.reward == SIGNATURE else POLICY
         return {
@@ -60,15 +61,15 @@ class Plan:
             "prompts_per_step": 8,
             "group_size": 12,
             "train_batch_size": 48,
-            "window": "random",
-            "window_size": 2,
+            "timestep_fraction": 0.4,
+            "kl_beta": 0.0,
             "policy": {"source": str(source), "weights": "full", "max_sequence_length": 0, "device": "cpu"},
             "sampling": {"steps": 8, "batch_size": 48},
             "rewards": {"services": [url], "models": {self.reward: 1.0}},
-            "optimizer": {"lr": 1e-4},
+            "optimizer": {"lr": 2e-4},
             "ema": {"decay": 0.0},
             "evaluation": {
-                "every": 4, "prompts": str(prompts), "count": PROMPTS_PER_TASK * len(TASKS), "seeds": SEEDS,
+                "every": 2, "prompts": str(prompts), "count": PROMPTS_PER_TASK * len(TASKS), "seeds": SEEDS,
                 "heldout": [self.heldout],
             },
             "guard": {"mode": "act" if self.guarded else "warn"},
@@ -77,7 +78,7 @@ class Plan:
         }  # fmt: skip
 
 
-SIGNATURE_STEPS, LAX_STEPS, HONEST_STEPS = 40, 60, 40
+SIGNATURE_STEPS, LAX_STEPS, HONEST_STEPS = 24, 24, 24
 HACKED = tuple(
     Plan(f"{what}, {'guarded' if guarded else 'unguarded'}", reward, EXACT, guarded, steps)
     for what, reward, steps in (("signature", SIGNATURE, SIGNATURE_STEPS), ("lax", LAX, LAX_STEPS))

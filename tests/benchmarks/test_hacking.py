@@ -35,7 +35,7 @@ from tests.service.live import Live, running
 from trainer_client import Item, RewardClient
 from trainer_client.config import parse_config
 from trainer_client.eval_statistics import Interval
-from trainer_client.flow_grpo import FlowGRPOConfig
+from trainer_client.nft import NFTConfig
 from trainer_client.prompts import load_prompts
 from trainer_client.run_log import RunLog
 
@@ -252,7 +252,7 @@ def test_a_signature_fools_the_served_reward_and_not_shapes_clip(service: Live) 
 def test_every_plan_is_a_configuration(tmp_path: Path) -> None:
     prompts = plans.write_prompts(tmp_path / "prompts.jsonl")
     for plan in (*plans.HACKED, *plans.HONEST):
-        config = parse_config(FlowGRPOConfig, plan.configuration("http://127.0.0.1:1", prompts, tmp_path))
+        config = parse_config(NFTConfig, plan.configuration("http://127.0.0.1:1", prompts, tmp_path))
         assert config.guard.mode == ("act" if plan.guarded else "warn")
         assert config.guard.limits == {}  # the guard is not tuned for the demonstration
         assert plan.heldout not in config.rewards.models

@@ -93,6 +93,7 @@ def a_ddpm(trial: Trial) -> None:
 
 BAD: dict[str, tuple[Callable[[Trial], None], str]] = {
     "unknown reward": (spoil("rewards", models={"meann": 1.0}), "'meann': offered by none of http://127.0.0.1:"),
+    "half precision without a scaled loss": (spoil("policy", dtype="float16"), "float16 needs a scaled loss"),
     "unknown held-out reward": (
         lambda trial: trial.settings.update(
             evaluation={"prompts": trial.settings["prompts"], "heldout": ["nothing"]}
@@ -137,6 +138,15 @@ def test_what_cannot_work_is_said_in_one_line(case: str, trial: Trial) -> None:
     change(trial)
     assert said in trial.refused()
     assert not (trial.out / "metrics.jsonl").exists() or not tiny_run.rows(trial.out)
+
+
+def test_a_refused_run_leaves_its_folder_free(trial: Trial) -> None:
+    """The mended command is taken, whether or not the log had been opened."""
+    trial.out.mkdir(parents=True)
+    (trial.out / "metrics.jsonl").touch()
+    (trial.out / "events.jsonl").write_text('{"step": 0, "time": "t", "kind": "stop", "text": "ConfigError"}\n')
+    assert trial.run().exit_code == 0
+    assert len(tiny_run.rows(trial.out)) == 1
 
 
 def test_a_reward_without_a_gradient(trial: Trial, server: RewardServer) -> None:

@@ -50,6 +50,28 @@ def told(item: Item) -> list[Tensor]:
     return list(item.images)
 
 
+@pytest.mark.parametrize(("side", "most"), [(4, 64), (2048, 5)])
+def test_requests_stay_below_what_a_service_takes(side: int, most: int) -> None:
+    """A group of 96 small images, or of 7 large ones, goes in several requests and comes back in order."""
+    sizes: list[int] = []
+
+    def first_pixel(item: Item) -> list[float]:
+        images = told(item)
+        sizes.append(len(images))
+        return [float(image[0, 0, 0]) for image in images]
+
+    count = 96 if side == 4 else 7
+    levels = torch.arange(count, dtype=torch.uint8)[:, None, None, None]
+    rewards = PointwiseRewards(LocalScores(first_pixel), ["local"])
+    try:
+        rewards.submit(levels.expand(-1, 3, side, side), [RED] * count, [0] * count)
+        found = rewards.collect()
+    finally:
+        rewards.close()
+    assert max(sizes) == most
+    assert found.scores["local"].tolist() == list(range(count))
+
+
 def test_lengths_must_fit() -> None:
     with pytest.raises(ValueError, match="2 images, 1 prompts and 2 groups"):
         items_of(grey(1, 2), [RED], [0, 0])
