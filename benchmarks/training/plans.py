@@ -26,7 +26,7 @@ class Plan:
     @property
     def folder(self) -> str:
         """The name for files."""
-        return self.name.lower().replace(", ", "-").replace(" ", "-")
+        return self.name.replace(", ", "-").replace(" ", "-")
 
     def configuration(self, url: str, steps: int, seed: int) -> dict[str, Any]:
         """The values of the run's TOML file."""

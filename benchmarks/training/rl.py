@@ -140,7 +140,7 @@ def main(
                 server.url,
                 steps,
                 seed,
-                out / f"{plan.name.replace(', ', '-').replace(' ', '-')}-{seed}",
+                out / f"{plan.folder}-{seed}",
             )
             for plan, seed in wanted
         }
