@@ -76,7 +76,7 @@ def test_steps_take_turns() -> None:
         found = []
         for _ in range(4):
             turns.submit(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [Prompt("a star")] * 2, [0, 0])
-            found.append(turns.collect().scores["s"].tolist())
+            found.append(turns.collect().scores["sleeping"].tolist())
     finally:
         turns.close()
     assert found == [[1, 1], [2, 2], [1, 1], [2, 2]]
