@@ -31,7 +31,7 @@ How noise is kept from tripping it:
 
 What is said at the n-th firing in a row: ``raise_kl`` at n = patience, 2 patience, ..., ``warn`` between, ``stop`` from
 n = ``stop_after``. Three cases never get beyond ``warn``: agreement and group_std (a reward that is nearly solved shows
-both), and a held-out reward that falls although the training reward of the same evaluation did not rise significantly
+both), and a held-out reward that falls although the training reward of the same evaluation did not rise (p < alpha)
 since the first one (that is a run that breaks, and no hacking). ``raise_kl`` is given once at each such firing, to be
 obeyed once. The answer is the worst of all signals; one that lacks data makes it ``not_enough_data`` rather than ok
 (agreement excepted: rewards that are constant within groups have no ranks).
@@ -218,7 +218,8 @@ class Guard:
         if look.state == "unknown" or self._first is None:
             return replace(look, only_warn=True)
         rise = paired_change(as_scores(self._first), reward_PS)
-        rose = rise.count >= self.config.min_prompts and rise.p_rise < look.numbers["level"]
+        # The level of the fall keeps false alarms rare, whatever this test says: it only tells hacking from breaking.
+        rose = rise.count >= self.config.min_prompts and rise.p_rise < self.config.alpha
         reason = (
             f"{look.reason}; the training reward changed by {rise.mean:+.4g} since the first evaluation "
             f"(p = {rise.p_rise:.2g} for a rise)"
