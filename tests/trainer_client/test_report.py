@@ -188,7 +188,7 @@ def test_the_guard_is_marked_where_it_spoke(hacked: Path) -> None:
              if row.get("guard/diversity/fires", 0) >= 1}  # fmt: skip
     assert len({mean for mean, _ in looks}) == 2
     legend = page.texts.count("the guard's signal fires")
-    assert legend == 1
+    assert legend == 3  # diversity, and the held-out reward by images and by time
     limits = page.curve("the guard's limit")
     assert len(limits) == 4  # spread, diversity, and the held-out reward by images and by time
     assert all(len({round(y, 1) for _, _, y in points}) == 1 for points in limits[2:])
