@@ -209,7 +209,7 @@ class Drawn:
 @torch.no_grad()
 def draw(policy: Policy, prompts: Sequence[Prompt], config: EvaluationConfig) -> Iterator[Drawn]:
     """Every seed of every prompt, prompt after prompt, in batches of at most ``config.batch_size``."""
-    guided = config.guidance > 1 and not getattr(policy, "guidance_is_input", False)
+    guided = policy.needs_negative(config.guidance)
     encode = PromptCache(policy.encode_prompts, negative=config.negative if guided else None)
     seeds = image_seeds(len(prompts), config.seeds, config.seed)
     places = [(p, s) for p in range(len(prompts)) for s in range(config.seeds)]

@@ -20,13 +20,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from trainer_client import distributed
-from trainer_client.config import ConfigError, GroupConfig
+from trainer_client.config import GroupConfig
 from trainer_client.losses import clipped_policy_loss, guard_log_ratio, kl_on_means, policy_log_ratio
 from trainer_client.policies import Conditioning
 from trainer_client.policies.flow_pipeline import FlowPolicy
 from trainer_client.rewards import served
 from trainer_client.run import MakeRewards, Run
 from trainer_client.run_batch import Advantages, Batch, Means, parts
+from trainer_client.run_setup import flow_policy
 from trainer_client.sampling import Transition, draw, log_prob, ode_transition, transition
 from trainer_client.windows import flow_grpo_fast_window, mix_grpo_window, random_steps
 
@@ -117,7 +118,7 @@ def train(
 def optimise(run: Run[FlowGRPOConfig]) -> None:
     """All steps of a run that are still to do: rollout, rewards, updates. Raises ConfigError for a policy that is no
     rectified flow."""
-    config, policy = run.config, flow_policy(run)
+    config, policy = run.config, flow_policy(run.algorithm, run.policy)
     sigmas = policy.sigmas(config.sampling.steps, config.sampling.height, config.sampling.width)
     for step in run.steps():
         batch, window = run.next_batch(), choose_window(config, step, run.generator("window"))
@@ -133,13 +134,6 @@ def optimise(run: Run[FlowGRPOConfig]) -> None:
         advantages = run.advantages(batch)
         with run.stage("train"):
             learn(run, policy, batch, pieces, advantages, sigmas)
-
-
-def flow_policy(run: Run[FlowGRPOConfig]) -> FlowPolicy:
-    """The run's policy; raises ConfigError for one that is no rectified flow."""
-    if not isinstance(run.policy, FlowPolicy):
-        raise ConfigError(f"{run.algorithm} trains rectified flows (SD3, FLUX, Qwen-Image), not {run.policy.family}")
-    return run.policy
 
 
 def choose_window(config: FlowGRPOConfig, step: int, generator: torch.Generator) -> list[int]:

@@ -27,6 +27,7 @@ from trainer_client.policies.flow_pipeline import FlowPolicy
 from trainer_client.rewards import served
 from trainer_client.run import MakeRewards, Run
 from trainer_client.run_batch import Advantages, Batch, Means, parts
+from trainer_client.run_setup import flow_policy
 from trainer_client.solvers import Solver, solve
 
 OLD = "old"
@@ -112,10 +113,8 @@ def train(
 
 def unguided_flow(run: Run[NFTConfig]) -> FlowPolicy:
     """The run's policy; raises ConfigError for one that is no rectified flow, and for classifier-free guidance."""
-    policy, scale = run.policy, run.config.sampling.guidance_scale
-    if not isinstance(policy, FlowPolicy):
-        raise ConfigError(f"{run.algorithm} trains rectified flows (SD3, FLUX, Qwen-Image), not {policy.family}")
-    if scale > 1 and not policy.guidance_is_input:
+    policy, scale = flow_policy(run.algorithm, run.policy), run.config.sampling.guidance_scale
+    if policy.needs_negative(scale):
         raise ConfigError(
             f"sampling.guidance_scale is {scale:g}: nft trains {policy.family} without guidance, set it to 1"
         )

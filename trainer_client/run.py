@@ -169,7 +169,7 @@ class Run(Generic[Settings]):
             self._closing.callback(asked.close)
             evaluation = Evaluation(config, evaluated, self.policy, asked)
         sampling = config.sampling
-        guided = sampling.guidance_scale > 1 and not getattr(self.policy, "guidance_is_input", False)
+        guided = self.policy.needs_negative(sampling.guidance_scale)
         self._encode = PromptCache(self.policy.encode_prompts, negative=sampling.negative if guided else None)
         self._numbers: dict[str, float] = {}
         self._seconds: dict[str, float] = {}

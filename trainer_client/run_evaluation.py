@@ -70,7 +70,7 @@ class Evaluation:
         for start in range(own.start, own.stop, sampling.batch_size):
             chosen = places[start : min(start + sampling.batch_size, own.stop)]
             told = [self.prompts[p] for p, _ in chosen]
-            guided = sampling.guidance_scale > 1 and not getattr(self._policy, "guidance_is_input", False)
+            guided = self._policy.needs_negative(sampling.guidance_scale)
             drawn = self._policy.sample(
                 [prompt.text for prompt in told],
                 [derived_seed("evaluation", self.seeds[s], p) for p, s in chosen],

@@ -19,7 +19,7 @@ from trainer_client.client import RewardClient
 from trainer_client.config import ConfigError, PolicySection, RewardsSection, RunConfig
 from trainer_client.errors import ModelNotOffered, ServiceUnavailable
 from trainer_client.guard import Guard, GuardConfig
-from trainer_client.policies import Policy, from_pretrained
+from trainer_client.policies import FlowPolicy, Policy, from_pretrained
 from trainer_client.prompts import Prompt
 from trainer_client.results import ModelInfo
 from trainer_client.rewards import API_KEY
@@ -87,6 +87,13 @@ def build_policy(settings: PolicySection, device: torch.device) -> Policy:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"policy.source {settings.source}: {' '.join(str(error).split())}") from error
+
+
+def flow_policy(algorithm: str, policy: Policy) -> FlowPolicy:
+    """The policy itself; raises ConfigError for one that is no rectified flow."""
+    if not isinstance(policy, FlowPolicy):
+        raise ConfigError(f"{algorithm} trains rectified flows (SD3, FLUX, Qwen-Image), not {policy.family}")
+    return policy
 
 
 def choose_weights(policy: Policy, settings: PolicySection) -> None:

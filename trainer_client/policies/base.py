@@ -45,6 +45,8 @@ class Policy(ABC):
     """Ends of the names of the linear layers that get adapters unless told otherwise."""
     latent_multiple: ClassVar[int] = 1
     """Height and width of latents must be a multiple of this."""
+    guidance_is_input: ClassVar[bool] = False
+    """Guidance is an input of the network (distilled) instead of a second, negative pass."""
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int | None = None) -> None:
         self.pipeline = pipeline
@@ -146,6 +148,10 @@ class Policy(ABC):
         return weights
 
     # Prompts
+
+    def needs_negative(self, guidance_scale: float) -> bool:
+        """Whether sampling at this scale takes a second pass with a negative prompt."""
+        return guidance_scale > 1 and not self.guidance_is_input
 
     def encode_prompts(self, prompts: Sequence[str], negative: str | Sequence[str] | None = None) -> Conditioning:
         """Conditioning of B prompts, on the policy's device, without gradient.

@@ -117,7 +117,9 @@ class DDPMPolicy(Policy):
         generators = as_generators(seeds)
         latents = self.initial_latents(generators, height, width)
         if not isinstance(prompts, Conditioning):
-            prompts = self.encode_prompts(prompts, "" if guidance_scale > 1 and negative is None else negative)
+            prompts = self.encode_prompts(
+                prompts, "" if self.needs_negative(guidance_scale) and negative is None else negative
+            )
         scheduler = self.scheduler(steps)
         for timestep in scheduler.timesteps:
             prediction = self.prediction(latents, timestep, prompts, guidance_scale)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -28,8 +28,6 @@ class FlowPolicy(Policy):
     network_name = "transformer"
     lora_targets = ATTENTION_LORA_TARGETS
     latent_multiple = 2
-    guidance_is_input: ClassVar[bool] = False
-    """Guidance is an input of the network (distilled) instead of a second, negative pass."""
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length=max_sequence_length)
@@ -86,7 +84,7 @@ class FlowPolicy(Policy):
         """
         latents = self.initial_latents(seeds, height, width)
         if not isinstance(prompts, Conditioning):
-            if guidance_scale > 1 and not self.guidance_is_input and negative is None:
+            if self.needs_negative(guidance_scale) and negative is None:
                 negative = ""
             prompts = self.encode_prompts(prompts, negative)
         conditioning = prompts
