@@ -12,8 +12,13 @@ from benchmarks import limit, samples
 from benchmarks.http_throughput import Bench
 from benchmarks.measures import kendall_tau, ratio, top1_agreement
 from benchmarks.plan import Row
-from models.base import LoadOptions, TowerReward
+from models.base import (
+    LoadOptions,
+)
 from models.registry import list_models, load_model
+from models.towers import (
+    TowerReward,
+)
 
 SECTION = "dtype and compilation on this device"
 

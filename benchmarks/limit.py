@@ -26,7 +26,9 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from benchmarks import samples
-from models.base import TowerReward
+from models.towers import (
+    TowerReward,
+)
 
 T = TypeVar("T")
 Strategy = Literal["in turn", "overlapped", "lanes"]

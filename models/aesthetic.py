@@ -14,10 +14,19 @@ from models.backbones.clip import VIT_L_14
 from models.backbones.clip_reward import LARGE_CPU_BATCH, ClipReward, random_clip
 from models.backbones.mlp import ScoreMLP
 from models.backbones.shared import LoadedClip, shared_clip
-from models.base import Calibration, CheckpointSize, HeadOutput, LoadOptions, RewardInfo, WeightSource
+from models.base import (
+    Calibration,
+    CheckpointSize,
+    LoadOptions,
+    RewardInfo,
+    WeightSource,
+)
 from models.parity_recipe import fill, write_checkpoint
 from models.preprocessing import ImagePreprocessing, at_least_float32
 from models.registry import register
+from models.towers import (
+    HeadOutput,
+)
 from models.weights import HASH_PREFIX, fit, hash_tensors, load_checkpoint, obtain
 
 TOWER_PARAMETERS = 427_616_513

@@ -24,8 +24,7 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from models.backbones import qwen2_vl_image
-from models.backbones.qwen2_vl_tokenizer import RewardTokenizer, train_tokenizer
-from models.backbones.vlm import (
+from models.backbones.qwen2_vl import (
     Config,
     Qwen2VLBackbone,
     beyond_tensors,
@@ -35,20 +34,23 @@ from models.backbones.vlm import (
     sequential_positions,
     sizes,
 )
+from models.backbones.qwen2_vl_tokenizer import RewardTokenizer, train_tokenizer
 from models.base import (
     Calibration,
     CheckpointSize,
-    HeadOutput,
     InputError,
     LoadOptions,
     RewardInfo,
-    TowerReward,
     WeightsError,
     WeightSource,
 )
 from models.parity_recipe import fill, write_checkpoint
 from models.preprocessing import normalize
 from models.registry import register
+from models.towers import (
+    HeadOutput,
+    TowerReward,
+)
 from models.weights import HASH_PREFIX, file_sha256, fit, hash_tensors, load_checkpoint, obtain
 
 PARAMETERS = 8_292_152_882

@@ -23,11 +23,9 @@ from models.backbones.wordpiece import VOCABULARY_SIZE, tokenize
 from models.base import (
     Calibration,
     CheckpointSize,
-    HeadOutput,
     InputError,
     LoadOptions,
     RewardInfo,
-    TowerReward,
     WeightsError,
     WeightSource,
 )
@@ -41,6 +39,10 @@ from models.preprocessing import (
     to_uint8_tensor,
 )
 from models.registry import register
+from models.towers import (
+    HeadOutput,
+    TowerReward,
+)
 from models.weights import fit, hash_tensors, load_checkpoint, obtain
 
 TEXT_LENGTHS = (12, 20, 35)

@@ -13,7 +13,6 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base import TowerReward
 from models.imagereward import ImageReward
 from models.parity import Topic, largest, parity_kind
 from models.parity_checkpoint import (
@@ -25,6 +24,9 @@ from models.parity_checkpoint import (
     difference,
     record_error,
     unit_record,
+)
+from models.towers import (
+    TowerReward,
 )
 
 _IMAGE_FEATURES = {"image_embed_raw", "image_embed_normalised", "clip_embed_normalised", "image_features"}

@@ -17,7 +17,13 @@ from torch import Tensor
 from models.backbones.clip import ClipTowers, tokenize
 from models.backbones.clip_reward import ClipReward, TextPreprocessing
 from models.backbones.shared import LoadedClip
-from models.base import Calibration, Candidate, HeadOutput, LoadOptions, RewardInfo, Sample
+from models.base import (
+    Calibration,
+    Candidate,
+    LoadOptions,
+    RewardInfo,
+    Sample,
+)
 from models.preprocessing import ImagePreprocessing
 from models.registry import register
 from models.shapes.clip_model import (
@@ -30,6 +36,9 @@ from models.shapes.clip_model import (
     unpack,
 )
 from models.shapes.world import Scene, SceneObject, render
+from models.towers import (
+    HeadOutput,
+)
 from models.weights import fit, hash_tensors, load_safetensors
 
 PARAMETERS = 8_364_546

@@ -14,9 +14,16 @@ from torch import Tensor
 from models.backbones import clip, clip_hf, clip_tokenizer
 from models.backbones.clip import ClipArchitecture, ClipSize, empty_clip
 from models.backbones.shared import LoadedClip
-from models.base import CheckpointSize, HeadOutput, LoadOptions, TowerReward
+from models.base import (
+    CheckpointSize,
+    LoadOptions,
+)
 from models.parity_recipe import fill, write_checkpoint
 from models.preprocessing import ImagePreprocessing, at_least_float32, normalize
+from models.towers import (
+    HeadOutput,
+    TowerReward,
+)
 
 LARGE_CPU_BATCH = 8
 """Most samples at once on a CPU for towers of ViT-L/14 and up."""

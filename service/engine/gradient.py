@@ -1,4 +1,4 @@
-"""d(score)/d(image) with a :class:`models.base.TowerReward`, in batches of few shapes."""
+"""d(score)/d(image) with a :class:`models.towers.TowerReward`, in batches of few shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from models.base import HeadOutput, Output, SampleError, TowerInput, TowerReward, alike, unpack
+from models.base import (
+    Output,
+    SampleError,
+)
+from models.towers import (
+    HeadOutput,
+    TowerInput,
+    TowerReward,
+    alike,
+    unpack,
+)
 from service.engine.batcher import GradientResult
 from service.engine.compile import powers_of_two
 from service.engine.towers import power_of_two

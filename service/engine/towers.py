@@ -1,4 +1,4 @@
-"""Scores with a :class:`models.base.TowerReward`: each distinct image and prompt once, in fixed shapes, with caches."""
+"""Scores with a :class:`models.towers.TowerReward`: distinct images and prompts once, in fixed shapes, with caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from models.base import HeadOutput, Output, SampleError, TowerInput, TowerReward, alike, unpack
+from models.base import (
+    Output,
+    SampleError,
+)
+from models.towers import (
+    HeadOutput,
+    TowerInput,
+    TowerReward,
+    alike,
+    unpack,
+)
 from service.engine.compile import BucketedFunction, shapes_of
 from service.engine.features import FeatureCache
 

@@ -22,12 +22,14 @@ from models.base import (
     RewardModel,
     Sample,
     SampleError,
+)
+from models.preprocessing import to_uint8_tensor
+from models.registry import load_model
+from models.towers import (
     TowerInput,
     TowerReward,
     text_digest,
 )
-from models.preprocessing import to_uint8_tensor
-from models.registry import load_model
 from service.engine.batcher import Batcher, GradientResult, Job, Outcome, Ticket
 from service.engine.compile import BucketedFunction
 from service.engine.features import FeatureCache

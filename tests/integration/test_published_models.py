@@ -18,8 +18,17 @@ import torch
 from PIL import Image
 
 import models.catalog  # noqa: F401
-from models.base import Candidate, LoadOptions, Output, RewardModel, Sample, TowerReward
+from models.base import (
+    Candidate,
+    LoadOptions,
+    Output,
+    RewardModel,
+    Sample,
+)
 from models.registry import get_info, get_model, list_models, load_model
+from models.towers import (
+    TowerReward,
+)
 from tests.service.live import Live, command, environment, running
 from trainer_client import Item, RewardClient
 

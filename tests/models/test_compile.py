@@ -22,8 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import models.catalog  # noqa: F401
-from models.base import LoadOptions, RewardModel, TowerReward
+from models.base import (
+    LoadOptions,
+    RewardModel,
+)
 from models.registry import get_info, get_model, list_models, load_model
+from models.towers import (
+    TowerReward,
+)
 from models.weights import file_sha256
 
 IMAGES = Path(__file__).parents[1] / "fixtures" / "pointwise" / "images"

@@ -7,8 +7,13 @@ import torch
 from PIL import Image
 
 import models.catalog  # noqa: F401
-from models.base import TowerReward, WeightsError
+from models.base import (
+    WeightsError,
+)
 from models.hpsv2 import HPSv2, HPSv21
+from models.towers import (
+    TowerReward,
+)
 from tests.models.clip_checkpoints import (
     IMAGES,
     checkpoint,

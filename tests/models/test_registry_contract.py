@@ -28,12 +28,14 @@ from models.base import (
     RewardModel,
     Sample,
     SampleError,
-    TowerInput,
-    TowerReward,
     UnsupportedInput,
     WeightsError,
 )
 from models.registry import get_info, get_model, list_models, load_model, register
+from models.towers import (
+    TowerInput,
+    TowerReward,
+)
 
 IMAGES = Path(__file__).parents[1] / "fixtures" / "pointwise" / "images"
 PROMPTS = (

@@ -15,9 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 import models.catalog  # noqa: F401
-from models.base import Candidate, LoadOptions, Output, Sample, TowerReward
+from models.base import (
+    Candidate,
+    LoadOptions,
+    Output,
+    Sample,
+)
 from models.preprocessing import to_float_tensor
 from models.registry import get_info, get_model, list_models
+from models.towers import (
+    TowerReward,
+)
 from service.engine.batcher import Batcher, GradientResult
 from service.engine.features import FeatureCache
 from service.engine.request import Made

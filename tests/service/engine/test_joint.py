@@ -15,8 +15,18 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from models import registry
-from models.base import Candidate, HeadOutput, InputError, Output, RewardInfo, Sample, TowerInput
+from models.base import (
+    Candidate,
+    InputError,
+    Output,
+    RewardInfo,
+    Sample,
+)
 from models.preprocessing import to_uint8_tensor
+from models.towers import (
+    HeadOutput,
+    TowerInput,
+)
 from service.engine.batcher import GradientResult
 from service.engine.worker import TensorSample, Worker
 from tests.service.engine import tiny

@@ -24,13 +24,15 @@ from models import registry
 from models.base import (
     Calibration,
     Candidate,
-    HeadOutput,
     LoadOptions,
     Output,
     RewardInfo,
     RewardModel,
     Sample,
     SampleError,
+)
+from models.towers import (
+    HeadOutput,
     TowerReward,
 )
 from models.weights import hash_tensors

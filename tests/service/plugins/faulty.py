@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from models.base import (
     Calibration,
-    HeadOutput,
     Kind,
     LoadOptions,
     Output,
@@ -29,10 +28,13 @@ from models.base import (
     RewardModel,
     Sample,
     SampleError,
-    TowerReward,
     WeightsError,
 )
 from models.registry import register
+from models.towers import (
+    HeadOutput,
+    TowerReward,
+)
 from tests.service.bodies import INNER_TEXT
 
 

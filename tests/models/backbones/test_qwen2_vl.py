@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from models.backbones.qwen2_vl_image import FACTOR, PATCH_SIZE, patchify
-from models.backbones.vlm import (
+from models.backbones.qwen2_vl import (
     LEVELS,
     LevelTokenHead,
     Qwen2VLBackbone,
@@ -21,6 +20,7 @@ from models.backbones.vlm import (
     sequential_positions,
     sizes,
 )
+from models.backbones.qwen2_vl_image import FACTOR, PATCH_SIZE, patchify
 from models.base import WeightsError
 from models.parity_recipe import fill
 
