@@ -19,10 +19,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from PIL import Image as PILImage
+
+if TYPE_CHECKING:
+    from models.judge import ChatModel
 
 Kind = Literal["pointwise", "pairwise"]
 CheckpointSize = Literal["tiny", "full"]
@@ -197,7 +200,7 @@ class LoadOptions:
     """Where and how a model is loaded. ``weights`` overrides the model's own source; ``options`` are the model's.
 
     ``weights_dir`` is where fetched files lie (None: the hub library's own cache). ``sha256`` (hex) is what the file of
-    the role ``weights`` must have.
+    the role ``weights`` must have. ``chat`` is what a judge asks in place of its own weights: a server.
     """
 
     device: torch.device = torch.device("cpu")
@@ -206,6 +209,7 @@ class LoadOptions:
     options: Mapping[str, Any] = field(default_factory=dict)
     weights_dir: Path | None = None
     sha256: str | None = None
+    chat: ChatModel | None = None
 
     def source(self, default: WeightSource) -> str:
         """The source of ``default.role``: the settings' own, or the default one."""
