@@ -195,16 +195,7 @@ class Qwen2VLBackbone(nn.Module):
 
     def encode_patches(self, patches_BNP: Tensor, rows: int, columns: int) -> Tensor:
         """Patches [B, N, 1176] of images of ``rows`` x ``columns`` patches -> tokens [B, N/4, hidden]."""
-        visual = self.visual
-        batch, count, _ = patches_BNP.shape
-        # A convolution whose stride is its kernel is a product of matrices, and faster as one.
-        hidden = F.linear(patches_BNP.to(self.dtype), visual.patch_embed.proj.weight.flatten(1))
-        cos, sin = visual.rotary_pos_emb(hidden, patch_positions(rows, columns, hidden.device))
-        for block in visual.blocks:
-            hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin)
-            hidden = hidden + block.mlp(block.norm2(hidden))
-        tokens: Tensor = visual.merger(hidden.flatten(0, 1))
-        return tokens.view(batch, count // MERGE_SIZE**2, -1)
+        return encode_patches(self.visual, patches_BNP, rows, columns)
 
     def embed(self, ids_BL: Tensor) -> Tensor:
         """Token ids -> embeddings [B, L, hidden]."""
@@ -229,6 +220,23 @@ class Qwen2VLBackbone(nn.Module):
         hidden_BLD = _through(self.model.layers[:-1], embeddings_BLD, rotary)
         pooled: Tensor = self.model.norm(_at_places(self.model.layers[-1], hidden_BLD, rotary, places_B))
         return pooled
+
+
+def encode_patches(visual: Any, patches_BNP: Tensor, rows: int, columns: int) -> Tensor:
+    """Patches [B, N, P] of images of ``rows`` x ``columns`` patches -> tokens [B, N/4, hidden], by a Qwen2-VL's tower.
+
+    ``visual`` is transformers' module. All images attend in one batch, where the library goes image by image.
+    """
+    batch, count, _ = patches_BNP.shape
+    # A convolution whose stride is its kernel is a product of matrices, and faster as one.
+    weight = visual.patch_embed.proj.weight
+    hidden = F.linear(patches_BNP.to(weight.dtype), weight.flatten(1))
+    cos, sin = visual.rotary_pos_emb(hidden, patch_positions(rows, columns, hidden.device))
+    for block in visual.blocks:
+        hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin)
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    tokens: Tensor = visual.merger(hidden.flatten(0, 1))
+    return tokens.view(batch, count // MERGE_SIZE**2, -1)
 
 
 def _through(layers: Iterable[Any], hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

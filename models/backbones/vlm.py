@@ -1,0 +1,268 @@
+"""Vision-language models that answer turns: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, InternVL.
+
+:class:`LocalChat` computes nothing twice. An image passes the vision tower once; the beginning of a turn up to its last
+image (instruction and first image, or whatever the template has there) once, its keys and values are kept; each turn
+then costs its own end. Both are exact: image tokens do not see the text, and attention is causal. Forwards have a fixed
+number of rows, so that the bits of an answer do not depend on its neighbours; ends are padded on the right to a few
+lengths, which a causal model does not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from models.backbones.vlm_inputs import LocalTurn, Picture, Preparation
+from models.base import SampleError
+from models.judge import Answer, FeatureStore, Generation, Turn, WordScores
+from models.towers import alike
+
+LENGTH_STEP = 16
+"""Ends of turns are padded to multiples of it."""
+
+
+class NoStore:
+    """Keeps nothing."""
+
+    def get(self, key: Hashable) -> Tensor | None:
+        return None
+
+    def put(self, key: Hashable, feature: Tensor) -> None:
+        pass
+
+
+class LocalChat:
+    """A chat model on this machine; see :class:`models.judge.ChatModel`. Not for several threads but for ``prepare``."""
+
+    uses_device = True
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        weights_hash: str = "",
+        identity: str = "",
+        max_tokens: int = 32768,
+        share_features: bool = True,
+        share_prefixes: bool = True,
+        rows: int = 8,
+    ) -> None:
+        """``model``: a transformers model for image-text-to-text in evaluation mode. With ``share_features`` and
+        ``share_prefixes`` off and one row it computes every turn whole and alone: the naive way, for comparison."""
+        self.model, self.processor = model, processor
+        self.weights_hash, self.identity = weights_hash, f"{identity}|{model.config.model_type}"
+        self.share_features, self.share_prefixes, self.rows = share_features, share_prefixes, rows
+        self.on_step: Callable[[], None] = lambda: None
+        self.preparation = Preparation(model, processor, max_tokens)
+        self._features: FeatureStore = NoStore()
+        self._prefixes: FeatureStore = NoStore()
+        self._spellings: dict[str, tuple[int, ...]] = {}
+        self._deep = model.config.model_type == "qwen3_vl"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def attach(self, *, features: FeatureStore, prefixes: FeatureStore, rows: int, on_step: Callable[[], None]) -> None:
+        self._features, self._prefixes, self.rows, self.on_step = features, prefixes, rows, on_step
+
+    def prepare(self, turn: Turn) -> LocalTurn:
+        return self.preparation.prepare(turn)
+
+    def spellings(self, word: str) -> tuple[int, ...]:
+        """Tokens that say ``word``: in lower case, capitalised and in capitals, with and without a blank before it.
+
+        Raises ValueError for a word that is no single token in any spelling.
+        """
+        if word not in self._spellings:
+            forms = {
+                blank + form for form in (word, word.lower(), word.capitalize(), word.upper()) for blank in ("", " ")
+            }
+            tokens = [self.processor.tokenizer(form, add_special_tokens=False).input_ids for form in sorted(forms)]
+            single = tuple(sorted({ids[0] for ids in tokens if len(ids) == 1}))
+            if not single:
+                raise ValueError(f"{word!r} is no single token of this judge: it cannot be scored by its first token")
+            self._spellings[word] = single
+        return self._spellings[word]
+
+    @torch.inference_mode()
+    def score(self, turns: Sequence[LocalTurn], words: Sequence[str]) -> list[WordScores | SampleError]:
+        """Log-probabilities over the whole vocabulary, in float32."""
+        spellings = [self.spellings(word) for word in words]
+        scores: list[WordScores | SampleError | None] = [None] * len(turns)
+        for places, logits_RV in self._last_logits(turns):
+            log_probs = logits_RV.float().log_softmax(-1)
+            columns = torch.stack([log_probs[:, list(ids)].logsumexp(-1) for ids in spellings], dim=-1).tolist()
+            for place, row in zip(places, columns, strict=False):
+                scores[place] = WordScores(tuple(row))
+        return [score for score in scores if score is not None]
+
+    def generate(self, turns: Sequence[LocalTurn], how: Generation) -> list[list[Answer] | SampleError]:
+        from models.backbones.vlm_generation import generate
+
+        return generate(self, turns, how)
+
+    def score_gradient(self, turn: Turn, words: Sequence[str]) -> tuple[WordScores, Tensor]:
+        from models.backbones.vlm_gradient import score_gradient
+
+        return score_gradient(self, turn, words)
+
+    # -- vision -------------------------------------------------------------------------------------------------------
+
+    def features(self, turns: Sequence[LocalTurn]) -> dict[str, Tensor]:
+        """Tokens of every picture of the turns, [K, N, D] by digest: K - 1 is the number of deeper layers that the
+        language model is given them too (Qwen3-VL), else K is 1."""
+        wanted = {picture.digest: picture for turn in turns for picture in turn.pictures}
+        found: dict[str, Tensor] = {}
+        for digest, picture in wanted.items():
+            kept = self._features.get(self._key(digest)) if self.share_features else None
+            if kept is None:
+                kept = self.encode(picture)
+                if self.share_features:
+                    self._features.put(self._key(digest), kept)
+            found[digest] = kept
+        return found
+
+    def _key(self, digest: str) -> Hashable:
+        return ("picture", self.weights_hash, self.identity, self.dtype, digest)
+
+    def encode(self, picture: Picture) -> Tensor:
+        """One picture through the vision tower: alone, since in bfloat16 its bits move with the batch."""
+        inner, pixels = self.model.model, picture.pixels.to(self.device)
+        if picture.video:
+            out = inner.get_video_features(pixels, picture.grid[None].to(self.device))
+        elif self.model.config.model_type == "llava_onevision":
+            several = torch.tensor([1 if pixels.shape[0] > 1 else 2])
+            out = inner.get_image_features(
+                pixels[None], picture.grid[None].to(self.device), batch_num_images=several, return_dict=True
+            )
+        elif self.model.config.model_type == "internvl":
+            out = inner.get_image_features(pixels, return_dict=True)
+        else:
+            out = inner.get_image_features(pixels, picture.grid[None].to(self.device))
+        tokens = out.pooler_output
+        main = tokens[0] if isinstance(tokens, tuple | list) else tokens.flatten(0, -2)
+        deep = [layer[0] for layer in out.deepstack_features] if self._deep else []
+        return torch.stack([main, *deep]).clone()
+
+    # -- language -----------------------------------------------------------------------------------------------------
+
+    def embed(
+        self, turn: LocalTurn, features: dict[str, Tensor], start: int, stop: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the tokens start to stop: embeddings [L, D], which of them are of pictures [L], and the deeper features of
+        those [K - 1, n, D]."""
+        ids = turn.ids.to(self.device)
+        visual_L = self.visual(turn.ids).to(self.device)
+        embeddings = self.model.get_input_embeddings()(ids[start:stop])
+        before, inside = int(visual_L[:start].sum()), int(visual_L[start:stop].sum())
+        if not inside:
+            return embeddings, visual_L[start:stop], embeddings.new_zeros(0, 0, embeddings.shape[-1])
+        tokens = torch.cat([features[picture.digest] for picture in turn.pictures], dim=1)[:, before : before + inside]
+        embeddings = embeddings.masked_scatter(visual_L[start:stop, None], tokens[0].to(embeddings.dtype))
+        return embeddings, visual_L[start:stop], tokens[1:]
+
+    def visual(self, ids_L: Tensor) -> Tensor:
+        """Which tokens stand for pictures."""
+        video = getattr(self.processor, "video_token_id", None)
+        image = ids_L == self.processor.image_token_id
+        return image if video is None else image | (ids_L == video)
+
+    def forward(
+        self, parts: Sequence[tuple[Tensor, Tensor, Tensor]], positions_BPL: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        """Rows of equal length through the language model: states [B, L, D]. ``cache`` holds what comes before."""
+        embeddings = torch.stack([part[0] for part in parts])
+        positions = positions_BPL.to(self.device)
+        where: dict[str, Any] = {
+            "position_ids": positions.transpose(0, 1) if positions.shape[1] == 3 else positions[:, 0]
+        }
+        if self._deep and any(part[2].numel() for part in parts):
+            deeper = [part[2] for part in parts]
+            where["visual_pos_masks"] = torch.stack([part[1] for part in parts])
+            where["deepstack_visual_embeds"] = list(torch.cat(deeper, dim=1).unbind(0))
+        out = self.model.model.language_model(
+            inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None, **where
+        )
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def prefix(self, turn: LocalTurn, features: dict[str, Tensor]) -> Tensor:
+        """Keys and values of the turn's beginning, [layers, 2, heads, cut, D]."""
+        key = ("prefix", self.weights_hash, self.identity, self.dtype, turn.prefix)
+        kept = self._prefixes.get(key)
+        if kept is None:
+            cache = DynamicCache(config=self.model.config.get_text_config())
+            part = self.embed(turn, features, 0, turn.cut)
+            self.forward([part], turn.positions[None, :, : turn.cut], cache)
+            kept = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+            self._prefixes.put(key, kept)
+        return kept
+
+    def cut(self, turn: LocalTurn) -> int:
+        """Tokens of the turn that are computed apart and shared."""
+        return turn.cut if self.share_prefixes else 0
+
+    def cache_of(self, prefixes: Sequence[Tensor]) -> DynamicCache:
+        """Beginnings of equal length, a row each."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        if all(prefix is prefixes[0] for prefix in prefixes):
+            stacked = prefixes[0][:, :, None].expand(-1, -1, len(prefixes), -1, -1, -1)
+        else:
+            stacked = torch.stack(list(prefixes), dim=2)
+        for place, layer in enumerate(stacked):
+            cache.update(layer[0], layer[1], place)
+        return cache
+
+    def rows_of(self, turns: Sequence[LocalTurn], *, exact: bool) -> list[list[int]]:
+        """Places of turns that share a forward: equal beginnings' lengths, and ends of one (padded) length."""
+        step = 1 if exact or not self.share_prefixes else LENGTH_STEP
+        keys = {i: (self.cut(turn), -(-(turn.tokens - self.cut(turn)) // step)) for i, turn in enumerate(turns)}
+        return [same[start : start + self.rows] for same in alike(keys) for start in range(0, len(same), self.rows)]
+
+    def _last_logits(self, turns: Sequence[LocalTurn]) -> list[tuple[list[int], Tensor]]:
+        """(places, logits [rows, V] at the last token), the rows beyond the places being padding."""
+        found = []
+        features = self.features(turns) if self.share_features else {}
+        prefixes: dict[Hashable, Tensor] = {}
+        for places in self.rows_of(turns, exact=False):
+            chosen = [turns[place] for place in places]
+            own = features if self.share_features else self.features(chosen)
+            padded = [*chosen, *[chosen[-1]] * (self.rows - len(chosen))]
+            found.append((places, self._ends(padded, own, prefixes)))
+        return found
+
+    def _ends(self, turns: list[LocalTurn], features: dict[str, Tensor], prefixes: dict[Hashable, Tensor]) -> Tensor:
+        cut = self.cut(turns[0])
+        cache = None
+        if cut:
+            prefixes.update({turn.prefix: self.prefix(turn, features) for turn in turns if turn.prefix not in prefixes})
+            cache = self.cache_of([prefixes[turn.prefix] for turn in turns])
+        step = LENGTH_STEP if self.share_prefixes else 1
+        length = -(-max(turn.tokens - cut for turn in turns) // step) * step
+        parts, positions, last = [], [], []
+        for turn in turns:
+            embeddings, visual, deeper = self.embed(turn, features, cut, turn.tokens)
+            short = length - len(embeddings)
+            parts.append((_padded(embeddings, short), _padded(visual, short), deeper))
+            place = turn.positions[:, cut:]
+            positions.append(torch.cat([place, place[:, -1:].expand(-1, short)], dim=1) if short else place)
+            last.append(turn.tokens - cut - 1)
+        states = self.forward(parts, torch.stack(positions), cache)
+        logits: Tensor = self.model.lm_head(states[torch.arange(len(turns)), last])
+        return logits
+
+
+def _padded(values: Tensor, rows: int) -> Tensor:
+    return values if not rows else torch.cat([values, values.new_zeros(rows, *values.shape[1:])])

@@ -1,0 +1,91 @@
+"""d P(word) / d pixels through a whole vision-language model, for training on a judge's preference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image as PILImage
+from torch import Tensor
+
+from models.base import Candidate, UnsupportedInput
+from models.judge import Turn, WordScores
+
+if TYPE_CHECKING:
+    from models.backbones.vlm import LocalChat
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def score_gradient(chat: LocalChat, turn: Turn, words: Sequence[str]) -> tuple[WordScores, Tensor]:
+    """See :class:`models.judge.DifferentiableChat`. Raises UnsupportedInput for families without a twin."""
+    if chat.model.config.model_type not in FAMILIES:
+        raise UnsupportedInput(f"gradients are there for {', '.join(FAMILIES)}, not {chat.model.config.model_type}")
+    leaves = [part for part in turn.parts if isinstance(part, Tensor)]
+    if len(leaves) != 1:
+        raise ValueError(f"one part of the turn is a tensor; {len(leaves)} are")
+    leaf = leaves[0].detach().to(chat.device, torch.float32).requires_grad_()
+    stand_in = Candidate(image=_image(leaf), digest="leaf")
+    parts = tuple(stand_in if isinstance(part, Tensor) else part for part in turn.parts)
+    prepared = chat.prepare(replace(turn, parts=parts))
+    model = _in_float32(chat)
+    with torch.enable_grad():
+        features = {}
+        for picture in prepared.pictures:
+            pixels = _patches(chat.processor.image_processor, leaf) if picture.digest == "leaf" else picture.pixels
+            grid = picture.grid[None].to(chat.device)
+            with torch.set_grad_enabled(picture.digest == "leaf"):
+                out = model.model.get_image_features(pixels.to(chat.device, torch.float32), grid)
+            deep = [layer[0] for layer in getattr(out, "deepstack_features", None) or []]
+            features[picture.digest] = torch.stack([out.pooler_output[0], *deep])
+        single = type(chat)(model, chat.processor, share_features=False, share_prefixes=False, rows=1)
+        part = single.embed(prepared, features, 0, prepared.tokens)
+        state = single.forward([part], prepared.positions[None], None)[0, -1]
+        log_probs = model.lm_head(state).float().log_softmax(-1)
+        scores = torch.stack([log_probs[list(chat.spellings(word))].logsumexp(-1) for word in words])
+        (gradient,) = torch.autograd.grad(scores.softmax(-1)[0], leaf)
+    return WordScores(tuple(scores.tolist())), gradient.detach().cpu()
+
+
+def _in_float32(chat: LocalChat) -> Any:
+    """The network itself where it computes in float32, else a copy that is made once."""
+    if chat.dtype == torch.float32:
+        return chat.model
+    kept = getattr(chat, "_float32", None)
+    if kept is None:
+        kept = copy.deepcopy(chat.model).float()
+        chat._float32 = kept
+    return kept
+
+
+def _image(pixels_3HW: Tensor) -> PILImage.Image:
+    """For its size and layout; its pixels are not used."""
+    height, width = pixels_3HW.shape[-2:]
+    return PILImage.new("RGB", (width, height))
+
+
+def _patches(processor: Any, pixels_3HW: Tensor) -> Tensor:
+    """Differentiable twin of a Qwen image processor: float [0, 1] pixels -> patches [N, P].
+
+    The exact path resizes 8-bit pixels and rounds; this one does not round, and clamps what bicubic overshoots.
+    """
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    height, width = pixels_3HW.shape[-2:]
+    factor = processor.patch_size * processor.merge_size
+    size = smart_resize(height, width, factor, processor.size["shortest_edge"], processor.size["longest_edge"])
+    resized = pixels_3HW[None]
+    if size != (height, width):
+        resized = F.interpolate(resized, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    mean, std = (
+        torch.tensor(values, device=resized.device)[:, None, None]
+        for values in (processor.image_mean, processor.image_std)
+    )
+    patches, _, _ = processor.patchify(
+        (resized - mean) / std, processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    )
+    return patches[0]  # type: ignore[no-any-return]

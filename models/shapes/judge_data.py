@@ -1,0 +1,136 @@
+"""What shapes-judge learns from: pairs of pictures for one prompt with the truth known, rendered anew for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.shapes.judge import END_TOKEN, IMAGE_TOKEN, IMAGE_TOKENS, chat_text, image_positions
+from models.shapes.judge_text import DESCRIBE, describe, points, think_answer
+from models.shapes.preferences import TASK_WEIGHTS, Picture, draw, random_picture
+from models.shapes.prompts import TASKS, Prompt
+from models.shapes.scenes import Split, near_miss, random_prompt, random_scene, right_scene, truth
+from models.shapes.world import Scene
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ScenePair:
+    """Two scenes for one prompt, of different worth, in the order in which they are shown."""
+
+    prompt: Prompt
+    scenes: tuple[Scene, Scene]
+
+    @property
+    def first_is_better(self) -> bool:
+        """By the oracle's points of what the scenes hold."""
+        first, second = (points(self.prompt, truth(scene)) for scene in self.scenes)
+        return first > second
+
+    def swapped(self) -> ScenePair:
+        """The same pair shown the other way round."""
+        return ScenePair(self.prompt, (self.scenes[1], self.scenes[0]))
+
+
+def _scene(prompt: Prompt, rng: np.random.Generator, split: Split) -> Scene:
+    kind = rng.random()
+    if kind < 0.35:
+        return right_scene(prompt, rng, split)
+    if kind < 0.85:
+        return near_miss(prompt, rng, int(rng.choice(3, p=(0.7, 0.2, 0.1))) + 1, split=split)[0]
+    return random_scene(rng, int(rng.integers(0, 6)), split)
+
+
+def random_pair(rng: np.random.Generator, split: Split, prompt: Prompt | None = None) -> ScenePair:
+    """A prompt of a random task and two scenes of different worth, in random order."""
+    while True:
+        asked = prompt
+        while asked is None or not split.admits(asked):
+            task = TASKS[int(rng.choice(len(TASKS), p=[TASK_WEIGHTS[task] for task in TASKS]))]
+            asked = random_prompt(rng, task)
+        pair = ScenePair(asked, (_scene(asked, rng, split), _scene(asked, rng, split)))
+        first, second = (points(asked, truth(scene)) for scene in pair.scenes)
+        if first != second:
+            return pair
+
+
+def pictures_of(scenes: list[Scene], rng: np.random.Generator) -> list[Picture]:
+    """Clean or mildly degraded pictures of random sizes; one in four is degraded."""
+    return [random_picture(scene, rng, int(rng.random() < 0.25)) for scene in scenes]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows of one kind: token ids [B, L] padded on the right, targets [B, L] (IGNORED outside the answer), their
+    weights [B, L], rotary positions [3, L], and the patches [images, 64, P] of the images in order."""
+
+    ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    positions: Tensor
+    patches: Tensor
+
+
+VERDICT_WEIGHT = 8.0
+"""Of the tokens that give points or name the winner, against the others of an answer."""
+
+
+def examples(processor: Any, asked: list[str], answers: list[str], images: list[Any], per_row: int) -> Examples:
+    """Rows of ``per_row`` images each, a question, and an answer."""
+    tokenizer = processor.tokenizer
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    rows, starts = [], []
+    for question, answer in zip(asked, answers, strict=True):
+        start = _expand(tokenizer(chat_text([*[None] * per_row, question])).input_ids, image_id)
+        rows.append(start + tokenizer(answer + END_TOKEN).input_ids)
+        starts.append(len(start))
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    targets, weights = torch.full((len(rows), length), IGNORED), torch.zeros(len(rows), length)
+    digits = set(tokenizer(" 0 1 2 3 4 5 6 7 8 9 0 1 2 yes no").input_ids)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        # A position predicts the token after it.
+        targets[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
+        heavy = [VERDICT_WEIGHT if token in digits else 1.0 for token in row[start:]]
+        weights[i, start - 1 : len(row) - 1] = torch.tensor(heavy)
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return Examples(
+        ids, targets, weights, image_positions(ids, image_id), pixels.view(len(images), -1, pixels.shape[-1])
+    )
+
+
+def _expand(ids: list[int], image_id: int) -> list[int]:
+    return [token for entry in ids for token in ([entry] * IMAGE_TOKENS if entry == image_id else [entry])]
+
+
+def think_examples(processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator) -> Examples:
+    """UnifiedReward-Think's form: reasons, then the verdict."""
+    images = draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
+    asked = [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
+    return examples(processor, asked, [think_answer(pair.prompt, pair.scenes) for pair in pairs], images, 2)
+
+
+def yes_no_examples(processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator) -> Examples:
+    """RewardDance's form: whether image 2 is better than image 1."""
+    images = draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
+    asked = [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
+    return examples(processor, asked, ["no" if pair.first_is_better else "yes" for pair in pairs], images, 2)
+
+
+def describe_examples(processor: Any, scenes: list[Scene], rng: np.random.Generator) -> Examples:
+    """What stands where in one picture: without it pair labels teach nothing within minutes."""
+    images = draw(pictures_of(scenes, rng), rng)
+    return examples(processor, [DESCRIBE] * len(scenes), [describe(scene) for scene in scenes], images, 1)
+
+
+def scenes_to_describe(rng: np.random.Generator, count: int, split: Split) -> Iterator[Scene]:
+    """Random scenes of one to six objects."""
+    for _ in range(count):
+        yield random_scene(rng, int(rng.integers(1, 7)), split)

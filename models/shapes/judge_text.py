@@ -1,0 +1,84 @@
+"""What shapes-judge is asked and what it says: true reasons about two pictures, the verdict, and descriptions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from models.shapes.prompts import COUNTS, Include, Prompt
+from models.shapes.rules import Found, exact_score, explain, soft_score
+from models.shapes.scenes import truth
+from models.shapes.world import COLORS, SHAPES, Scene
+
+BEST = 10
+"""The score of a picture that shows what is asked for and nothing else."""
+DESCRIBE = "Describe the image."
+
+_NOUNS = tuple(Include(shape).noun(count) for shape in SHAPES for count in (1, 2))
+_PLAIN = (
+    *COLORS, *_NOUNS, *COUNTS, "a", "an", "the", "one", "single", "exactly", "colored", "coloured", "that", "is", "are",
+    "photo", "picture", "image", "drawing", "of", "showing", "and", "also", "with", "together", "to", "on", "left",
+    "right", "above", "over", "below", "under", "beneath", "found", "as", "asked", "expected", "no", "not", "yes",
+    "nothing", "top", "middle", "bottom", "center", "better", "than", "which", "following", "images", "or",
+)  # fmt: skip
+_OTHER = (
+    "Image", "image", "Which", "Text", "Caption", "Is", "Answer", "Describe", "Yes", "No", "/", ":", ";", ",", ".", "?",
+    "[", "]", "-", "user", "assistant", "<think>\n", "</think>\n", "<answer>", "</answer>", " [", ".\n",
+)  # fmt: skip
+WORDS = tuple(dict.fromkeys([*_PLAIN, *(f" {word}" for word in _PLAIN), *_OTHER, *(f" {word}" for word in _OTHER[:10]),
+                             *map(str, range(10)), *(f" {digit}" for digit in range(10))]))  # fmt: skip
+
+_LINE = re.compile(r"Image ([12]): (.*) (10|[0-9])/10")
+_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
+
+
+def points(prompt: Prompt, found: Sequence[Found]) -> int:
+    """What a picture is worth, 0 to 10: 10 when it is exactly as asked, at most 5 for what agrees otherwise."""
+    return round(5 * exact_score(prompt, found) + 5 * soft_score(prompt, found))
+
+
+def reasons(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
+    """One line a picture: what of the prompt is found in it, what else is, and its points."""
+    lines = []
+    for number, scene in enumerate(scenes, start=1):
+        found = truth(scene)
+        lines.append(f"Image {number}: {explain(prompt, found)}. {points(prompt, found)}/{BEST}")
+    return "\n".join(lines)
+
+
+def think_answer(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
+    """The whole answer in UnifiedReward-Think's form; ValueError where neither picture is worth more."""
+    first, second = (points(prompt, truth(scene)) for scene in scenes)
+    if first == second:
+        raise ValueError("pictures of equal worth have no better one")
+    return (
+        f"<think>\n{reasons(prompt, scenes)}\n</think>\n<answer>Image {1 if first > second else 2} is better</answer>"
+    )
+
+
+def check_reasons(said: str, prompt: Prompt, scenes: tuple[Scene, Scene]) -> list[bool]:
+    """Whether each statement of the reasons is true of the scenes: every clause about a picture, and its points.
+
+    A line that has not the form counts as one false statement, and so does a picture that no line is about.
+    """
+    checks: list[bool] = []
+    spoken: set[int] = set()
+    for line in said.strip().splitlines():
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            checks.append(False)
+            continue
+        number = int(match[1])
+        spoken.add(number)
+        found = truth(scenes[number - 1])
+        true_clauses = explain(prompt, found).split("; ")
+        checks += [clause in true_clauses for clause in match[2].removesuffix(".").split("; ")]
+        checks.append(int(match[3]) == points(prompt, found))
+    return [*checks, *[False] * (2 - len(spoken))]
+
+
+def describe(scene: Scene) -> str:
+    """Every object with its place, row by row; "nothing" for an empty scene."""
+    ordered = sorted(scene.objects, key=lambda entry: entry.cell)
+    told = [f"{_ROWS[o.cell[0]]} {_COLUMNS[o.cell[1]]} {o.color} {o.shape}" for o in ordered]
+    return (", ".join(told) or "nothing") + "."

@@ -1,0 +1,168 @@
+"""Train shapes-judge from nothing: ``python -m models.shapes.train_judge`` writes its folder.
+
+Next-token prediction on freshly rendered pictures: first descriptions of single pictures alone, then these together
+with reasons and verdicts on pairs (UnifiedReward-Think's form) and with plain yes or no (RewardDance's form). Muon for
+the matrices inside the blocks, AdamW for the rest, a warm-up and a linear decay. Every batch has its own random stream
+from (seed, step); the same machine and versions give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from models.backbones.qwen2_vl import encode_patches
+from models.judging.templates import load_template
+from models.shapes.judge import DIRECTORY, IMAGE_SIZE, PATCH_SIZE, build_model, build_processor, load, save
+from models.shapes.judge_data import (
+    IGNORED,
+    Examples,
+    describe_examples,
+    random_pair,
+    scenes_to_describe,
+    think_examples,
+    yes_no_examples,
+)
+from models.shapes.judge_evaluation import evaluate
+from models.shapes.preferences import TRAINING_SPLIT
+
+STEPS = 6000
+"""What the stored weights were trained for."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """What the weights depend on, apart from the code and ``steps``."""
+
+    seed: int = 50
+    describing_share: float = 0.25
+    describing_alone: int = 64
+    describing: int = 16
+    thinking: int = 16
+    answering: int = 24
+    muon_learning_rate: float = 0.004
+    learning_rate: float = 0.0015
+    weight_decay: float = 0.02
+    warm_up: int = 100
+    decay_from: float = 0.5
+
+
+class Batches(Dataset[list[Examples]]):
+    """The batch of each step, by (seed, step) alone."""
+
+    def __init__(self, config: JudgeConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        self.processor = build_processor()
+        self.questions = [load_template(name).text for name in ("shapes_judge", "shapes_judge_yes_no")]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[Examples]:
+        config, rng = self.config, np.random.default_rng((self.config.seed, step))
+        if step < config.describing_share * self.steps:
+            scenes = list(scenes_to_describe(rng, config.describing_alone, TRAINING_SPLIT))
+            return [describe_examples(self.processor, scenes, rng)]
+        think, yes_no = self.questions
+        scenes = list(scenes_to_describe(rng, config.describing, TRAINING_SPLIT))
+        pairs = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.thinking + config.answering)]
+        return [
+            describe_examples(self.processor, scenes, rng),
+            think_examples(self.processor, pairs[: config.thinking], think, rng),
+            yes_no_examples(self.processor, pairs[config.thinking :], yes_no, rng),
+        ]
+
+
+def answer_loss(model: Any, batch: Examples) -> Tensor:
+    """Weighted mean cross-entropy of the answers' tokens."""
+    ids, side = batch.ids, IMAGE_SIZE // PATCH_SIZE
+    embeddings = model.get_input_embeddings()(ids)
+    tokens = encode_patches(model.model.visual, batch.patches, side, side)
+    embeddings = embeddings.masked_scatter((ids == model.config.image_token_id)[..., None], tokens.flatten(0, 1))
+    positions = batch.positions[:, None].expand(3, *ids.shape)
+    # Padding stands on the right of a causal model: no mask is needed.
+    hidden = model.model.language_model(inputs_embeds=embeddings, position_ids=positions).last_hidden_state
+    asked = batch.targets != IGNORED
+    losses = F.cross_entropy(model.lm_head(hidden[asked]), batch.targets[asked], reduction="none")
+    weights = batch.weights[asked]
+    return (losses * weights).sum() / weights.sum()
+
+
+def optimizers(model: nn.Module, config: JudgeConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks of both towers, AdamW for everything else."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inside = (".layers." in name or ".blocks." in name) and parameter.ndim == 2
+        (matrices if inside else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
+        torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)),
+    ]
+
+
+def rate(step: int, steps: int, config: JudgeConfig) -> float:
+    """Of the learning rates at ``step``: a linear warm-up, constant, and a linear fall to zero."""
+    fall_from = config.decay_from * steps
+    return min((step + 1) / config.warm_up, 1.0, max(steps - step, 0) / max(steps - fall_from, 1))
+
+
+def train(config: JudgeConfig, steps: int, *, workers: int = 1, show_every: int = 50) -> Any:
+    """The trained network."""
+    torch.manual_seed(config.seed)
+    batches = Batches(config, steps)
+    model = build_model(batches.processor.tokenizer).train()
+    chosen = optimizers(model, config)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in chosen]
+    loader: Any = DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
+    started, means = time.monotonic(), dict[int, float]()
+    for step, kinds in enumerate(loader):
+        for optimizer, full in zip(chosen, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = full * rate(step, steps, config)
+            optimizer.zero_grad(set_to_none=True)
+        losses = [answer_loss(model, batch) for batch in kinds]
+        torch.autograd.backward(sum(losses, torch.zeros(())))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in chosen:
+            optimizer.step()
+        for place, loss in enumerate(losses):
+            means[place] = 0.95 * means.get(place, loss.item()) + 0.05 * loss.item()
+        if (step + 1) % show_every == 0:
+            told = "  ".join(
+                f"{name} {means[i]:.4f}" for i, name in enumerate(("describe", "think", "yes/no")[: len(losses)])
+            )
+            print(f"{step + 1}  {time.monotonic() - started:.0f} s  {told}", flush=True)
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder; results go beside it as .json")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=JudgeConfig.seed)
+    parser.add_argument("--pairs", type=int, default=600, help="for the evaluation at the end")
+    parser.add_argument("--threads", type=int, default=1, help="the weights depend on it in the last digits")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config, started = JudgeConfig(seed=arguments.seed), time.monotonic()
+    model = train(config, arguments.steps)
+    seconds = round(time.monotonic() - started)
+    save(model, build_processor(), arguments.output)
+    report = evaluate(*load(arguments.output), count=arguments.pairs)
+    record = {**asdict(config), "steps": arguments.steps, "seconds": seconds, "threads": arguments.threads}
+    text = json.dumps({**report, "training": {**record, "torch": torch.__version__}}, indent=1)
+    arguments.output.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
