@@ -11,8 +11,7 @@ transformers' own post-processing differs: it gives each pixel to one object at 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
+from models.backbones.hf import quiet
 from models.base import (
     CheckpointSize,
     InputError,
@@ -250,7 +250,7 @@ def _network(config: Mask2FormerConfig, tensors: Mapping[str, Tensor]) -> nn.Mod
     from transformers import Mask2FormerForUniversalSegmentation
 
     architecture: Any = Mask2FormerForUniversalSegmentation
-    with _quiet():
+    with quiet():
         network, report = architecture.from_pretrained(
             None,
             config=config,
@@ -271,23 +271,6 @@ def _network(config: Mask2FormerConfig, tensors: Mapping[str, Tensor]) -> nn.Mod
     return cast(nn.Module, network)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers would draw a progress bar and print its own report of what is missing."""
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def write_random_detector(folder: Path, size: CheckpointSize, *, frequent: Sequence[str] = ()) -> Path:
     """Write a Mask2Former of the published structure with COCO's classes into ``folder``, filled by the recipe.
 
@@ -299,7 +282,7 @@ def write_random_detector(folder: Path, size: CheckpointSize, *, frequent: Seque
 
     folder.mkdir(parents=True, exist_ok=True)
     config = _random_config(size)
-    with _quiet():
+    with quiet():
         Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     weights = folder / "model.safetensors"
     # Saved once by transformers, because that gives the tensors their published names.

@@ -9,7 +9,9 @@ lengths, which a causal model does not see.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from models.backbones.vlm_inputs import LocalTurn, Picture, Preparation
-from models.base import SampleError
+from models.base import LoadOptions, SampleError
 from models.judge import Answer, FeatureStore, Generation, Turn, WordScores
 from models.towers import alike
 
@@ -36,7 +38,7 @@ class NoStore:
 
 
 class LocalChat:
-    """A chat model on this machine; see :class:`models.judge.ChatModel`. Not for several threads but for ``prepare``."""
+    """A chat model on this machine; see :class:`models.judge.ChatModel`. Only ``prepare`` is for several threads."""
 
     uses_device = True
 
@@ -63,6 +65,14 @@ class LocalChat:
         self._prefixes: FeatureStore = NoStore()
         self._spellings: dict[str, tuple[int, ...]] = {}
         self._deep = model.config.model_type == "qwen3_vl"
+        self._float32: Any = None
+
+    @classmethod
+    def load(cls, folder: Path, options: LoadOptions) -> LocalChat:
+        """The model of a folder; see :func:`models.backbones.vlm_loading.load_chat`."""
+        from models.backbones.vlm_loading import load_chat
+
+        return load_chat(folder, options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,6 +128,14 @@ class LocalChat:
 
         return score_gradient(self, turn, words)
 
+    def in_float32(self) -> Any:
+        """The network itself where it computes in float32, else a copy that is made once: for gradients."""
+        if self.dtype == torch.float32:
+            return self.model
+        if self._float32 is None:
+            self._float32 = copy.deepcopy(self.model).float()
+        return self._float32
+
     # -- vision -------------------------------------------------------------------------------------------------------
 
     def features(self, turns: Sequence[LocalTurn]) -> dict[str, Tensor]:
@@ -165,7 +183,7 @@ class LocalChat:
         those [K - 1, n, D]."""
         ids = turn.ids.to(self.device)
         visual_L = self.visual(turn.ids).to(self.device)
-        embeddings = self.model.get_input_embeddings()(ids[start:stop])
+        embeddings: Tensor = self.model.get_input_embeddings()(ids[start:stop])
         before, inside = int(visual_L[:start].sum()), int(visual_L[start:stop].sum())
         if not inside:
             return embeddings, visual_L[start:stop], embeddings.new_zeros(0, 0, embeddings.shape[-1])
@@ -179,9 +197,7 @@ class LocalChat:
         image = ids_L == self.processor.image_token_id
         return image if video is None else image | (ids_L == video)
 
-    def forward(
-        self, parts: Sequence[tuple[Tensor, Tensor, Tensor]], positions_BPL: Tensor, cache: DynamicCache | None
-    ) -> Tensor:
+    def forward(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]], positions_BPL: Tensor, cache: Any) -> Tensor:
         """Rows of equal length through the language model: states [B, L, D]. ``cache`` holds what comes before."""
         embeddings = torch.stack([part[0] for part in parts])
         positions = positions_BPL.to(self.device)
@@ -198,12 +214,16 @@ class LocalChat:
         states: Tensor = out.last_hidden_state
         return states
 
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values; the library's types fit no use of it."""
+        return DynamicCache(config=self.model.config.get_text_config())
+
     def prefix(self, turn: LocalTurn, features: dict[str, Tensor]) -> Tensor:
         """Keys and values of the turn's beginning, [layers, 2, heads, cut, D]."""
         key = ("prefix", self.weights_hash, self.identity, self.dtype, turn.prefix)
         kept = self._prefixes.get(key)
         if kept is None:
-            cache = DynamicCache(config=self.model.config.get_text_config())
+            cache = self.new_cache()
             part = self.embed(turn, features, 0, turn.cut)
             self.forward([part], turn.positions[None, :, : turn.cut], cache)
             kept = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
@@ -214,9 +234,9 @@ class LocalChat:
         """Tokens of the turn that are computed apart and shared."""
         return turn.cut if self.share_prefixes else 0
 
-    def cache_of(self, prefixes: Sequence[Tensor]) -> DynamicCache:
+    def cache_of(self, prefixes: Sequence[Tensor]) -> Any:
         """Beginnings of equal length, a row each."""
-        cache = DynamicCache(config=self.model.config.get_text_config())
+        cache = self.new_cache()
         if all(prefix is prefixes[0] for prefix in prefixes):
             stacked = prefixes[0][:, :, None].expand(-1, -1, len(prefixes), -1, -1, -1)
         else:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from models.backbones.vlm_inputs import LocalTurn
 from models.base import SampleError
@@ -65,7 +64,7 @@ def _write(
         prefixes.update({turn.prefix: chat.prefix(turn, features) for turn in turns if turn.prefix not in prefixes})
         cache = chat.cache_of([prefixes[turn.prefix] for turn in turns])
     else:
-        cache = DynamicCache(config=chat.model.config.get_text_config())
+        cache = chat.new_cache()
     parts = [chat.embed(turn, features, cut, turn.tokens) for turn in turns]
     positions = torch.stack([turn.positions for turn in turns])
     states = chat.forward(parts, positions[:, :, cut:], cache)

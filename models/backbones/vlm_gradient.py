@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ def score_gradient(chat: LocalChat, turn: Turn, words: Sequence[str]) -> tuple[W
     stand_in = Candidate(image=_image(leaf), digest="leaf")
     parts = tuple(stand_in if isinstance(part, Tensor) else part for part in turn.parts)
     prepared = chat.prepare(replace(turn, parts=parts))
-    model = _in_float32(chat)
+    model = chat.in_float32()
     with torch.enable_grad():
         features = {}
         for picture in prepared.pictures:
@@ -49,17 +48,6 @@ def score_gradient(chat: LocalChat, turn: Turn, words: Sequence[str]) -> tuple[W
         scores = torch.stack([log_probs[list(chat.spellings(word))].logsumexp(-1) for word in words])
         (gradient,) = torch.autograd.grad(scores.softmax(-1)[0], leaf)
     return WordScores(tuple(scores.tolist())), gradient.detach().cpu()
-
-
-def _in_float32(chat: LocalChat) -> Any:
-    """The network itself where it computes in float32, else a copy that is made once."""
-    if chat.dtype == torch.float32:
-        return chat.model
-    kept = getattr(chat, "_float32", None)
-    if kept is None:
-        kept = copy.deepcopy(chat.model).float()
-        chat._float32 = kept
-    return kept
 
 
 def _image(pixels_3HW: Tensor) -> PILImage.Image:

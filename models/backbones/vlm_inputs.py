@@ -117,7 +117,9 @@ class Preparation:
         image = candidate.image.convert("RGB")
         # LLaVA-OneVision cuts an image into tiles where it is alone.
         nested: Any = [[image, image]] if several and self._family == "llava_onevision" else [image]
-        made = self._processor.image_processor(images=nested, return_tensors="pt")
+        # Some processors have defaults of their own (InternVL cuts large images into tiles).
+        defaults: dict[str, Any] = getattr(type(self._processor), "images_kwargs", {})
+        made = self._processor.image_processor(images=nested, return_tensors="pt", **defaults)
         text = self._processor.replace_image_token(made, 0)
         if self._family == "llava_onevision":
             return Picture(made["pixel_values"][0], made["image_sizes"][0], text, f"{candidate.digest}{several}")
