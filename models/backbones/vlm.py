@@ -194,7 +194,7 @@ class LocalChat:
     def visual(self, ids_L: Tensor) -> Tensor:
         """Which tokens stand for pictures."""
         video = getattr(self.processor, "video_token_id", None)
-        image = ids_L == self.processor.image_token_id
+        image: Tensor = ids_L == self.processor.image_token_id
         return image if video is None else image | (ids_L == video)
 
     def forward(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]], positions_BPL: Tensor, cache: Any) -> Tensor:
