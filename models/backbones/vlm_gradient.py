@@ -59,8 +59,8 @@ def _image(pixels_3HW: Tensor) -> PILImage.Image:
 def twin_patches(processor: Any, pixels_3HW: Tensor) -> Tensor:
     """Differentiable twin of a Qwen image processor: float [0, 1] pixels -> patches [N, P].
 
-    The exact path resizes 8-bit pixels and rounds; this one does not round, and clamps what bicubic overshoots: 0.3 levels of 255 apart on
-    average, up to 5 at hard edges.
+    The exact path resizes 8-bit pixels and rounds; this one does not round, and clamps what bicubic overshoots: 0.3
+    levels of 255 apart on average, up to 5 at hard edges.
     """
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
