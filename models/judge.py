@@ -110,10 +110,16 @@ class WordScores:
 class PreparedTurn(Protocol):
     """A turn as token ids and pixels, or as a request. ``tokens``: what it costs, those of its images included."""
 
-    tokens: int
-    prefix: Hashable
-    """Equal where the turns begin alike up to their last image: worth running one after the other."""
-    warnings: tuple[str, ...]
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def prefix(self) -> Hashable:
+        """Equal where the turns begin alike up to their last image: worth running one after the other."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
 
 
 class FeatureStore(Protocol):
@@ -132,20 +138,31 @@ class ChatModel(Protocol):
     answer does not depend on the turns beside it.
     """
 
-    weights_hash: str
-    identity: str
-    """What beside the tensors the answers depend on (template of the chat, processor, server): for the fingerprint."""
-    dtype: torch.dtype
-    uses_device: bool
+    @property
+    def weights_hash(self) -> str: ...
+
+    @property
+    def identity(self) -> str:
+        """What beside the tensors the answers depend on (template of the chat, processor, server): for the
+        fingerprint."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def uses_device(self) -> bool: ...
 
     def prepare(self, turn: Turn) -> PreparedTurn:
         """Thread-safe, on the CPU. Raises InputError for what the model cannot take: videos, too long a context."""
         ...
 
-    def score(self, turns: Sequence[PreparedTurn], words: Sequence[str]) -> list[WordScores | SampleError]: ...
+    def score(self, turns: Sequence[Any], words: Sequence[str]) -> list[WordScores | SampleError]:
+        """The words of each of the prepared ``turns``, which are this model's own."""
+        ...
 
-    def generate(self, turns: Sequence[PreparedTurn], how: Generation) -> list[list[Answer] | SampleError]:
-        """``how.samples`` answers to each turn."""
+    def generate(self, turns: Sequence[Any], how: Generation) -> list[list[Answer] | SampleError]:
+        """``how.samples`` answers to each of the prepared ``turns``."""
         ...
 
     def attach(self, *, features: FeatureStore, prefixes: FeatureStore, rows: int, on_step: Callable[[], None]) -> None:
@@ -177,6 +194,11 @@ class Judge(RewardModel):
 
     pointwise: ClassVar[bool] = False
     chat: ChatModel
+
+    @property
+    def gives_gradients(self) -> bool:
+        """Whether :meth:`gradient` works as the judge is set: its answer is scored, by a network on this machine."""
+        return False
 
     @abstractmethod
     def prepare_comparison(self, comparison: Comparison) -> Any: ...

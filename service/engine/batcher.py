@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from models.base import Output, SampleError
+from models.judge import Preference
 from service.errors import InvalidRequest, Overloaded
 from service.telemetry import Telemetry
 
-Job = Literal["score", "gradient"]
+Job = Literal["score", "gradient", "compare"]
 OVERBOOKED = 2.0
 LONGEST_RETRY_AFTER_S = 60
 PATIENCE = 0.1
 """Of a batch's time: how long a batch waits to become as large as the one before it."""
-COST: dict[Job, int] = {"score": 1, "gradient": 3}  # in forward passes: a gradient is one forward and a backward of two
+COST: dict[Job, int] = {"score": 1, "gradient": 3, "compare": 1}
+"""In forward passes: a gradient is one forward and a backward of two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,7 @@ class GradientResult:
     gradient: Any
 
 
-Outcome = Output | GradientResult | SampleError
+Outcome = Output | GradientResult | Preference | SampleError
 
 
 @dataclass(eq=False)
@@ -48,6 +50,8 @@ class Ticket:
     settle: Callable[[Ticket, Outcome], None]
     deadline: float
     payload: Any = None
+    weight: int = 1
+    """How much of a batch it fills: 1, or the tokens of a judge's question. Known when it is ready."""
     state: Literal["admitted", "ready", "running", "settled", "dropped"] = "admitted"
     admitted_at: float = field(default_factory=time.monotonic)
     ready_at: float = 0.0
@@ -79,6 +83,7 @@ class Batcher:
         self._last_settled = 0.0
         self._next_appointment = 0.0
         self._last_taken = 1
+        self._ready_weight = 0
         self._batch_seconds = 0.0
         self._ready: dict[Ticket, None] = {}  # insertion-ordered: a queue from which any ticket can leave at once
 
@@ -129,12 +134,14 @@ class Batcher:
 
     # -- from the pool ------------------------------------------------------------------------------------------------
 
-    def ready(self, ticket: Ticket, payload: Any, *, front: bool = False) -> None:
+    def ready(self, ticket: Ticket, payload: Any, *, weight: int = 1, front: bool = False) -> None:
         """The sample is prepared: queue it (a canary at the front), unless it was dropped in the meantime."""
         with self._wakeup:
             if ticket.state != "admitted":
                 return
             ticket.payload, ticket.state, ticket.ready_at = payload, "ready", time.monotonic()
+            ticket.weight = max(1, weight)
+            self._ready_weight += ticket.weight
             if front and (oldest := self.oldest()) is not None:
                 ticket.ready_at = min(ticket.ready_at, oldest)  # the head tells how long the queue has waited
             self._preparing -= 1
@@ -161,7 +168,7 @@ class Batcher:
             if ticket.state == "admitted":
                 self._preparing -= 1
             elif ticket.state == "ready":
-                del self._ready[ticket]
+                self._remove(ticket)
             else:
                 return False
             ticket.payload = None
@@ -176,8 +183,12 @@ class Batcher:
         """When the head of the queue became ready; None when nothing waits."""
         return next(iter(self._ready)).ready_at if self._ready else None
 
+    def next_job(self) -> Job | None:
+        """The kind of job at the head of the queue; None when nothing waits."""
+        return next(iter(self._ready)).job if self._ready else None
+
     def due_in(self, now: float, full: int) -> float | None:
-        """Seconds until a batch should be formed: 0 now, None when nothing waits.
+        """Seconds until a batch of the weight ``full`` should be formed: 0 now, None when nothing waits.
 
         A padded batch costs the same with one sample as with all, so it waits for more where more can be expected:
         while samples are being decoded for it, at most max_delay_s; and, because clients that wait for their answers
@@ -187,32 +198,37 @@ class Batcher:
         oldest = self.oldest()
         if oldest is None:
             return None
-        ready = len(self._ready)
-        if ready >= full:
+        if self._ready_weight >= full:
             return 0.0
         patience = self.max_delay_s if self._preparing else 0.0
-        if ready < min(full, self._last_taken):
+        # What waits for a judge's verdicts is one tournament, which does not send again.
+        if self.next_job() != "compare" and self._ready_weight < min(full, self._last_taken):
             patience = max(patience, PATIENCE * self._batch_seconds)
         return max(0.0, oldest + patience - now)
 
     def take(self, full: int) -> list[Ticket]:
-        """Form a batch of at most ``full``: the oldest tickets of one kind of job; expired ones are dropped."""
+        """Form a batch: the oldest tickets of one kind of job, of at most the weight ``full`` or of one ticket.
+
+        Expired ones are dropped.
+        """
         now = time.monotonic()
         batch: list[Ticket] = []
+        weight = 0
         for ticket in list(self._ready):
-            if len(batch) == full:
+            if weight >= full:
                 break
             if ticket.deadline <= now:
-                del self._ready[ticket]
+                self._remove(ticket)
                 ticket.payload = None
                 self._leave(ticket, "dropped")
                 self._telemetry.dropped.labels(self.model, "deadline").inc()
-            elif not batch or ticket.job == batch[0].job:
-                del self._ready[ticket]
+            elif not batch or (ticket.job == batch[0].job and weight + ticket.weight <= full):
+                self._remove(ticket)
                 ticket.state, ticket.started_at = "running", now
                 batch.append(ticket)
+                weight += ticket.weight
         if batch:
-            self._last_taken = len(batch)
+            self._last_taken = weight
         self._publish()
         return batch
 
@@ -238,6 +254,10 @@ class Batcher:
         """Fold a measurement into the moving average of the rate (cost per second)."""
         rate = cost / max(seconds, 1e-6)
         self.rate = rate if self.rate is None else 0.8 * self.rate + 0.2 * rate
+
+    def _remove(self, ticket: Ticket) -> None:
+        del self._ready[ticket]
+        self._ready_weight -= ticket.weight
 
     def _leave(self, ticket: Ticket, state: Literal["settled", "dropped"]) -> None:
         ticket.state = state

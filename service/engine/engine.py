@@ -28,7 +28,7 @@ from service.engine.features import FeatureCache
 from service.engine.lane import Lane
 from service.engine.plan import resolve_device, worker_options
 from service.engine.request import Maker, PendingRequest, SampleResult, Timing, bare, timing
-from service.engine.worker import Worker
+from service.engine.worker import Worker, healthy
 from service.errors import DeadlineExceeded, InvalidRequest, Unavailable, UnknownModel
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -101,6 +101,7 @@ class Engine:
             FeatureCache("image", self.settings.caches.image_features_bytes, self._telemetry),
             FeatureCache("text", self.settings.caches.text_features_bytes, self._telemetry),
         )
+        prefixes = FeatureCache("prefix", self.settings.caches.prefix_bytes, self._telemetry)
         for name, model_settings in self.settings.models.items():
             try:
                 uses_device = get_model(name).uses_device
@@ -115,7 +116,7 @@ class Engine:
                 telemetry=self._telemetry,
             )
             options = worker_options(name, model_settings, self.settings, device)
-            worker = Worker(options, batcher, caches, self._telemetry)
+            worker = Worker(options, batcher, caches, self._telemetry, prefixes)
             lane.workers.append(worker)
             self.workers[name] = worker
             if lane not in self._lanes:
@@ -281,7 +282,8 @@ class Engine:
             if ticket.state != "admitted":
                 continue
             try:
-                worker.batcher.ready(ticket, worker.prepare(made.sample, ticket.job))
+                payload = worker.prepare(made.sample, ticket.job)
+                worker.batcher.ready(ticket, payload, weight=worker.weight(payload))
             except SampleError as error:
                 worker.batcher.reject(ticket, bare(error))
 
@@ -336,14 +338,15 @@ class Engine:
         request = PendingRequest([], 1, asyncio.get_running_loop())
         request.results.append(SampleResult())
         self._register(request)
-        ticket = self._admit(worker, request, 0, "score", time.monotonic() + CANARY_TIMEOUT_S)
+        ticket = self._admit(worker, request, 0, worker.canary_job, time.monotonic() + CANARY_TIMEOUT_S)
         try:
             payload = await asyncio.to_thread(worker.canary_payload)
-            worker.batcher.ready(ticket, payload, front=True)
+            worker.batcher.ready(ticket, payload, weight=worker.weight(payload), front=True)
             await asyncio.wait_for(asyncio.shield(request.done), CANARY_TIMEOUT_S)
         except (TimeoutError, SampleError, Unavailable):
             return False
         finally:
             worker.batcher.drop(ticket, "deadline")
             self._unregister(request)
-        return not isinstance(request.snapshot()[0].outcomes[worker.name], SampleError)
+        outcome = request.snapshot()[0].outcomes[worker.name]
+        return not isinstance(outcome, SampleError) or healthy(outcome)

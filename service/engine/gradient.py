@@ -1,4 +1,4 @@
-"""d(score)/d(image) with a :class:`models.towers.TowerReward`, in batches of few shapes."""
+"""d(score)/d(image): of a :class:`models.towers.TowerReward` in batches of few shapes, of a judge one by one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from models.base import (
-    Output,
-    SampleError,
-)
-from models.towers import (
-    HeadOutput,
-    TowerInput,
-    TowerReward,
-    alike,
-    unpack,
-)
+from models.base import Candidate, Context, InputError, Output, SampleError
+from models.judge import Comparison, Judge
+from models.towers import HeadOutput, TowerInput, TowerReward, alike, unpack
 from service.engine.batcher import GradientResult
 from service.engine.compile import powers_of_two
 from service.engine.towers import power_of_two
@@ -151,6 +143,43 @@ class TowerGradient:
         gradients = torch.autograd.grad(head.score_B[: len(rows)].sum(), [row.leaf for row in rows])
         outputs = unpack(head, [entry.warnings for entry in entries])
         return [(output, gradient.detach()) for output, gradient in zip(outputs, gradients, strict=False)]
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedPixels:
+    """Pixels [3, H, W] to be compared, as the first candidate, with the second of ``comparison``."""
+
+    comparison: Comparison
+    pixels: Tensor
+
+
+class JudgeGradient:
+    """d P(candidate preferred to its reference) / d(image) of a judge, one comparison after the other."""
+
+    micro_batch = 1
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+
+    @staticmethod
+    def prepare(prompt: str, pixels: Tensor, reference: Candidate | None, context: Context | None) -> JudgedPixels:
+        """Raises InputError ("reference_missing") for an item without reference."""
+        if reference is None:
+            raise InputError(
+                "a judge's gradient is that of being preferred to the item's reference, which is missing",
+                code="reference_missing",
+            )
+        return JudgedPixels(Comparison(prompt, reference, reference, context), pixels)
+
+    def run(self, batch: Sequence[JudgedPixels]) -> list[GradientResult | SampleError]:
+        """Scores are preferences in [0, 1]; a comparison that failed has its error."""
+        results: list[GradientResult | SampleError] = []
+        for entry in batch:
+            try:
+                results.append(_result(*self.judge.gradient(entry.comparison, entry.pixels)))
+            except SampleError as error:
+                results.append(error)
+        return results
 
 
 def _result(output: Output | SampleError, gradient: Tensor) -> GradientResult | SampleError:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from service.engine.batcher import Ticket
 from service.engine.worker import DevicePoisoned, Worker
@@ -43,7 +44,7 @@ class Lane(threading.Thread):
             while (work := self._next()) is not None:
                 worker, batch = work
                 self.busy = (worker, time.monotonic())
-                worker.process(batch, self._alive)
+                worker.process(batch, self._alive, partial(self._breathe, worker))
                 self.busy = None
                 del work, worker, batch  # an idle lane keeps no image alive
         except BaseException as error:
@@ -56,6 +57,28 @@ class Lane(threading.Thread):
         """A forward begins: the watchdog counts from here (a bisected batch is many forwards)."""
         if self.busy is not None:
             self.busy = (self.busy[0], time.monotonic())
+
+    def _breathe(self, writing: Worker) -> None:
+        """Between two tokens of a long answer: run what is due of the other workers, whose requests are short.
+
+        Never nested: what runs here is not itself interrupted.
+        """
+        while (work := self._due(lambda worker: worker is not writing)) is not None:
+            worker, batch = work
+            self.busy = (worker, time.monotonic())
+            worker.process(batch, self._alive)
+            self.busy = (writing, time.monotonic())
+
+    def _due(self, eligible: Callable[[Worker], bool]) -> tuple[Worker, list[Ticket]] | None:
+        """A batch that is due now, without waiting."""
+        with self.wakeup:
+            now = time.monotonic()
+            due = [w for w in self.workers if eligible(w) and w.loaded and w.batcher.due_in(now, w.full) == 0.0]
+            for worker in sorted(due, key=lambda worker: worker.batcher.oldest() or 0.0):
+                batch = worker.batcher.take(worker.full)
+                if batch:
+                    return worker, batch
+        return None
 
     def _next(self) -> tuple[Worker, list[Ticket]] | None:
         """The next batch, waiting for one; None when the lane stops."""

@@ -56,4 +56,5 @@ def worker_options(name: str, model: ModelSettings, settings: Settings, device: 
         compile=compile,
         watchdog_s=model.watchdog_s or settings.watchdog_s,
         gradients=gradients,
+        token_budget=model.token_budget or (32_768 if device.type == "cuda" else 4096),
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from models.base import Sample, SampleError
+from models.judge import Comparison
 from service.engine.batcher import Outcome, Ticket
 from service.engine.worker import TensorSample
 from service.errors import ServiceError
@@ -18,7 +19,7 @@ from service.errors import ServiceError
 class Made:
     """What a maker gives: a decoded sample and what the caller should know about its image."""
 
-    sample: Sample | TensorSample
+    sample: Sample | Comparison | TensorSample
     warnings: tuple[str, ...] = ()
 
 

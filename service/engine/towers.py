@@ -8,17 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from models.base import (
-    Output,
-    SampleError,
-)
-from models.towers import (
-    HeadOutput,
-    TowerInput,
-    TowerReward,
-    alike,
-    unpack,
-)
+from models.base import Output, SampleError
+from models.towers import HeadOutput, TowerInput, TowerReward, alike, unpack
 from service.engine.compile import BucketedFunction, shapes_of
 from service.engine.features import FeatureCache
 

@@ -5,37 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.base import (
-    InputError,
-    LoadOptions,
-    ModelError,
-    Output,
-    RewardModel,
-    Sample,
-    SampleError,
-)
+from models.base import Candidate, Context, InputError, LoadOptions, ModelError, RewardModel, Sample, SampleError
+from models.judge import AnswerError, Comparison, Judge
 from models.preprocessing import to_uint8_tensor
 from models.registry import load_model
-from models.towers import (
-    TowerInput,
-    TowerReward,
-    text_digest,
-)
-from service.engine.batcher import Batcher, GradientResult, Job, Outcome, Ticket
+from models.towers import TowerInput, TowerReward, text_digest
+from service.engine.batcher import Batcher, Job, Outcome, Ticket
+from service.engine.checks import checked, device_class, poisons_device
 from service.engine.compile import BucketedFunction
 from service.engine.features import FeatureCache
-from service.engine.gradient import TowerGradient
+from service.engine.gradient import JudgeGradient, TowerGradient
+from service.engine.judging import JudgeRunner
 from service.engine.towers import TowerRunner
-from service.runtime import reduction_order
 from service.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -57,10 +46,15 @@ class DevicePoisoned(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class TensorSample:
-    """A sample of a gradient request: ``pixels`` float32 [3, H, W] in [0, 1] on the CPU."""
+    """A sample of a gradient request: ``pixels`` float32 [3, H, W] in [0, 1] on the CPU.
+
+    Judges compare it with ``reference``; ``context`` is what both were made from.
+    """
 
     prompt: str
     pixels: Tensor
+    reference: Candidate | None = None
+    context: Context | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,8 @@ class WorkerOptions:
     compile: Any
     watchdog_s: float
     gradients: bool = True
+    token_budget: int = 4096
+    """Of a judge's batch."""
 
 
 class Worker:
@@ -85,7 +81,9 @@ class Worker:
         batcher: Batcher,
         caches: tuple[FeatureCache, FeatureCache],
         telemetry: Telemetry,
+        prefixes: FeatureCache | None = None,
     ) -> None:
+        """``caches``: features of images and of texts; ``prefixes``: beginnings of a judge's turns (None keeps none)."""
         self.name = options.name
         self.options = options
         self.batcher = batcher
@@ -93,11 +91,14 @@ class Worker:
         self.loaded = False
         self.last_success = 0.0
         self._caches = caches
+        self._prefixes = prefixes or FeatureCache("prefix", 0, telemetry)
         self._telemetry = telemetry
         self._towers: TowerRunner | None = None
-        self._gradient: TowerGradient | None = None
+        self._judge: JudgeRunner | None = None
+        self._gradient: TowerGradient | JudgeGradient | None = None
         self._limit = options.micro_batch
         self._alive: Callable[[], None] = lambda: None
+        self._breathe: Callable[[], None] = lambda: None
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,11 @@ class Worker:
                 self.model, self._bucket, *self._caches, text_micro_batch=self.options.micro_batch
             )
             self._towers.warm_up(self.prepare(self.model.canary(), "score"))
+        elif isinstance(self.model, Judge):
+            images, _ = self._caches
+            self._judge = JudgeRunner(
+                self.model, images, self._prefixes, rows=self.options.micro_batch, on_step=self._between_tokens
+            )
         self._gradient = self._load_gradient()
         self.warm()
         self.loaded = True
@@ -125,15 +131,23 @@ class Worker:
         """Score a full batch of the canary: proves the model and measures the rate that Retry-After starts from."""
         for _ in range(2):  # the first pass pays for allocations
             started = time.monotonic()
-            batch = [self.canary_payload() for _ in range(self.full)]
-            failures = [outcome for outcome in self._bisect("score", batch) if isinstance(outcome, SampleError)]
+            batch = [self.canary_payload() for _ in range(self.full if self._judge is None else self._judge.rows)]
+            outcomes = self._bisect(self.canary_job, batch)
+            failures = [outcome for outcome in outcomes if isinstance(outcome, SampleError) and not healthy(outcome)]
             if failures:
                 raise RuntimeError(f"{self.name} does not score its own canary: {failures[0].message}")
             self.batcher.rate = len(batch) / max(time.monotonic() - started, 1e-6)
         self.last_success = time.monotonic()
 
+    @property
+    def canary_job(self) -> Job:
+        """What the canary asks of the model."""
+        return "score" if self._judge is None else "compare"
+
     def canary_payload(self) -> Any:
         """The canary, prepared, under an id of its own: the model must run, not the feature cache."""
+        if isinstance(self.model, Judge):
+            return self.prepare(self.model.canary_comparison(), "compare")
         payload = self.prepare(self.model.canary(), "score")
         if isinstance(payload, TowerInput):
             return replace(payload, image_id=CanaryId(), text_id=CanaryId())
@@ -156,15 +170,19 @@ class Worker:
 
     @property
     def full(self) -> int:
-        """Most samples of one batch."""
+        """Most samples of one batch, for a judge most tokens."""
         if self._towers is not None:
             return self._towers.images.micro_batch
+        if self._judge is not None:
+            return self.options.token_budget
         return min(self._limit, self.model.max_batch or self._limit)
 
     @property
     def shape(self) -> str:
         if self._towers is not None:
             return self._towers.shape
+        if self._judge is not None:
+            return f"{self._judge.rows}:exact"
         return f"{self.full}:{self.options.invariance}" if self.model.uses_device else "1"
 
     def fingerprint(self, job: Job = "score") -> str:
@@ -175,7 +193,8 @@ class Worker:
             "preprocessing": self.model.preprocessing,
             "options": dict(self.options.load.options),
             "dtype": self.dtype(job),
-            "shape": self.shape if job == "score" else f"gradient:{self._gradient_batch}:{self.options.invariance}",
+            "shape": self.shape if job != "gradient" else f"gradient:{self._gradient_batch}:{self.options.invariance}",
+            **({} if self._judge is None else {"chat": self._judge.identity}),
             "device": device_class(self.options.load.device) if self.model.uses_device else "host",
         }
         return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -189,11 +208,15 @@ class Worker:
 
     # -- pool ---------------------------------------------------------------------------------------------------------
 
-    def prepare(self, sample: Sample | TensorSample, job: Job) -> Any:
+    def prepare(self, sample: Sample | Comparison | TensorSample, job: Job) -> Any:
         """The model's own preparation. Raises SampleError; anything else it raises becomes a ModelError."""
         try:
             if job == "score" and isinstance(sample, Sample):
                 return self.model.prepare(sample)
+            if job == "compare" and isinstance(sample, Comparison) and isinstance(self.model, Judge):
+                return self.model.prepare_comparison(sample)
+            if job == "gradient" and isinstance(sample, TensorSample) and isinstance(self.model, Judge):
+                return JudgeGradient.prepare(sample.prompt, sample.pixels, sample.reference, sample.context)
             if job == "gradient" and isinstance(sample, TensorSample) and isinstance(self.model, TowerReward):
                 tokens, warnings = self.model.prepare_text(sample.prompt)
                 return TowerInput(sample.pixels, tokens, "", text_digest(sample.prompt), warnings)
@@ -204,14 +227,23 @@ class Worker:
             raise ModelError("the model failed to prepare this sample") from error
         raise InputError(f"{self.name} has no {job} for this kind of sample", code="unsupported_input")
 
+    def weight(self, payload: Any) -> int:
+        """What a prepared sample takes of :attr:`full`."""
+        return int(payload.tokens) if self._judge is not None and hasattr(payload, "tokens") else 1
+
     # -- lane ---------------------------------------------------------------------------------------------------------
 
-    def process(self, batch: list[Ticket], alive: Callable[[], None] = lambda: None) -> None:
+    def process(
+        self,
+        batch: list[Ticket],
+        alive: Callable[[], None] = lambda: None,
+        breathe: Callable[[], None] = lambda: None,
+    ) -> None:
         """Run a batch and settle every ticket of it, whatever happens to single samples.
 
-        ``alive`` is called before each forward.
+        ``alive`` is called before each forward, ``breathe`` between the tokens of a long answer.
         """
-        self._alive = alive
+        self._alive, self._breathe = alive, breathe
         job = batch[0].job
         outcomes = self._bisect(job, [ticket.payload for ticket in batch])
         if any(not isinstance(outcome, ModelError) for outcome in outcomes):
@@ -222,12 +254,12 @@ class Worker:
 
     def _bisect(self, job: Job, payloads: Sequence[Any]) -> list[Outcome]:
         """Outcomes of ``payloads``; when the batch raises, halves are tried until only the guilty samples fail."""
-        if job == "score" and self._towers is None and len(payloads) > self.full:
+        if job == "score" and self._towers is None and self._judge is None and len(payloads) > self.full:
             return self._halves(job, payloads)  # the batch has shrunk since these were taken
         self._alive()
         shrunk = False
         try:
-            outcomes = self._score(payloads) if job == "score" else self._run_gradient(payloads)
+            outcomes = self._run_gradient(payloads) if job == "gradient" else self._score(payloads, job)
             if len(outcomes) != len(payloads):
                 raise ValueError(f"{self.name} gave {len(outcomes)} outputs for {len(payloads)} inputs")
             return [checked(outcome) for outcome in outcomes]
@@ -254,6 +286,8 @@ class Worker:
 
     def _shrink(self, job: Job) -> bool:
         """Halve the batch and remember it; False when it is one already. Towers and gradients halve their own."""
+        if self._judge is not None and job != "gradient":
+            return self._judge.halve()
         if job != "score" or self._towers is not None or self.full == 1:
             return False
         self._limit = self.full // 2
@@ -262,7 +296,13 @@ class Worker:
         log.warning("out of memory: halved", extra={"model": self.name, "job": job, "shape": self.shape})
         return True
 
-    def _score(self, payloads: Sequence[Any]) -> list[Outcome]:
+    def _between_tokens(self) -> None:
+        self._alive()
+        self._breathe()
+
+    def _score(self, payloads: Sequence[Any], job: Job) -> list[Outcome]:
+        if self._judge is not None:
+            return self._judge.compare(payloads) if job == "compare" else self._judge.score(payloads)
         if self._towers is not None:
             return list(self._towers.score(payloads))
         if not self.model.uses_device or self.options.invariance == "fast":
@@ -273,15 +313,17 @@ class Worker:
             raise ValueError(f"{self.name} gave {len(outputs)} outputs for {len(padded)} inputs")
         return list(outputs[: len(payloads)])
 
-    def _run_gradient(self, payloads: Sequence[TowerInput]) -> list[Outcome]:
+    def _run_gradient(self, payloads: Sequence[Any]) -> list[Outcome]:
         if self._gradient is None:
             raise TypeError(f"{self.name} gives no gradients")
         return list(self._gradient.run(payloads))
 
-    def _load_gradient(self) -> TowerGradient | None:
+    def _load_gradient(self) -> TowerGradient | JudgeGradient | None:
         """Gradients are taken in float32: bfloat16 rounds the differences away that a gradient is made of."""
         if not (self.options.gradients and self.model.info.differentiable):
             return None
+        if isinstance(self.model, Judge):
+            return JudgeGradient(self.model) if self.model.gives_gradients else None
         model: RewardModel = self.model
         if model.dtype != torch.float32:
             model = load_model(self.name, replace(self.options.load, dtype=torch.float32))
@@ -296,43 +338,6 @@ class Worker:
         return gradient
 
 
-def checked(outcome: Any) -> Outcome:
-    """What a model gave for one sample, or a ModelError if that cannot be answered: not finite, not an output."""
-    if isinstance(outcome, SampleError):
-        return outcome
-    output = outcome.output if isinstance(outcome, GradientResult) else outcome
-    if not isinstance(output, Output):
-        return ModelError("the model gave something that is not an output")
-    numbers = [output.score, *output.outputs.values()]
-    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
-        return ModelError("the model gave something that is not an output")
-    if not all(math.isfinite(number) for number in numbers):
-        return ModelError("the model gave a score that is not a finite number", code="not_finite")
-    if output.details:
-        try:
-            json.dumps(output.details, allow_nan=False)
-        except (TypeError, ValueError, RecursionError):
-            return ModelError("the model gave details that are not JSON")
-    return cast(Outcome, outcome)
-
-
-_POISON = ("CUDA error", "device-side assert", "CUDNN_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")
-
-
-def poisons_device(error: BaseException) -> bool:
-    """Whether the device's context is lost after ``error``: every later call would fail too."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    return isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and any(mark in str(error) for mark in _POISON)
-    )
-
-
-def device_class(device: torch.device) -> str:
-    """Devices of one class give the same bits: instruction set on CPU, name and capability on CUDA."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"cuda:{torch.cuda.get_device_name(device)}:sm_{major}{minor}"
-    amx = "+amx" if torch.cpu._is_amx_tile_supported() else ""
-    bf16 = "+avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-    return f"cpu:{torch.backends.cpu.get_cpu_capability()}{bf16}{amx}:mkl={reduction_order()}"
+def healthy(error: SampleError) -> bool:
+    """Whether a canary with this outcome proves the model: a judge that was not trained need not give a verdict."""
+    return isinstance(error, AnswerError)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from models import registry
 from models.base import InputError, LoadOptions, ModelError, Output, Sample, SampleError
 from service.engine.batcher import Batcher, Outcome, Ticket
+from service.engine.checks import poisons_device
 from service.engine.features import FeatureCache
 from service.engine.lane import Lane
-from service.engine.worker import DevicePoisoned, TensorSample, Worker, WorkerOptions, poisons_device
+from service.engine.worker import DevicePoisoned, TensorSample, Worker, WorkerOptions
 from service.telemetry import Telemetry
 from tests.service.engine import tiny
 
