@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from PIL import Image as PILImage
 
-from models.base import Candidate, Context, Sample
+from models.base import Candidate, Context, InputError, Sample, SampleError
+from models.judge import Comparison
 from service.engine.request import Made, Maker
 from service.errors import InvalidRequest
 from service.images import DecodedImage, ImageLimits, decode_base64, decode_image, from_array
@@ -19,6 +21,8 @@ from service.settings import LimitSettings
 from service.wire import ImageSource, Incoming
 
 T = TypeVar("T")
+Decoded = tuple[Candidate, tuple[str, ...]]
+"""A candidate, and what the caller should know about its image."""
 
 
 def image_limits(limits: LimitSettings) -> ImageLimits:
@@ -37,6 +41,8 @@ def check(items: Sequence[ItemIn], limits: LimitSettings) -> None:
                 f"an item has at most {limits.images_per_item} images, not {images}", code="too_many_images"
             )
         total += images
+        if max(map(len, _videos(item)), default=0) > limits.frames_per_video:
+            raise InvalidRequest(f"a video has at most {limits.frames_per_video} frames", code="too_many_frames")
         if max(map(len, _texts(item))) > limits.prompt_chars:
             raise InvalidRequest(f"a text is over {limits.prompt_chars} characters", code="prompt_too_long")
         if item.metadata and len(json.dumps(item.metadata)) > limits.metadata_bytes:
@@ -60,6 +66,11 @@ def _images(item: ItemIn) -> int:
     return images
 
 
+def _videos(item: ItemIn) -> list[list[str]]:
+    context = item.context.frames if item.context is not None else None
+    return [frames for frames in (*(candidate.frames for candidate in _everything(item)), context) if frames]
+
+
 def _texts(item: ItemIn) -> list[str]:
     texts = [item.prompt, *(candidate.text or "" for candidate in _everything(item))]
     if item.context is not None:
@@ -72,10 +83,68 @@ def makers(incoming: Incoming, items: Sequence[ItemIn], limits: ImageLimits, *, 
     return [maker for item in items for maker in _item_makers(incoming, item, limits, with_context=with_context)]
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One item for a judge. Each of its candidates is decoded once, whatever the number of comparisons; ``reference``
+    stands after them, under the index ``count``."""
+
+    prompt: str
+    candidates: list[Once[tuple[Candidate, tuple[str, ...]]]]
+    context: Once[Context] | None
+    metadata: Mapping[str, Any]
+    count: int
+
+    @property
+    def has_reference(self) -> bool:
+        return len(self.candidates) > self.count
+
+    def maker(self, first: int, second: int) -> Maker:
+        """Makes one comparison; raises InputError ("identical_candidates") where both show the same."""
+
+        def make() -> Made:
+            (one, warnings), (other, more) = self.candidates[first](), self.candidates[second]()
+            if one.digest == other.digest:
+                raise InputError(
+                    "the two candidates are identical: there is no better one", code="identical_candidates"
+                )
+            context = self.context() if self.context is not None else None
+            return Made(Comparison(self.prompt, one, other, context, self.metadata), warnings + more)
+
+        return make
+
+    def sample_maker(self, index: int) -> Maker:
+        """Makes one candidate alone, for a pointwise model."""
+
+        def make() -> Made:
+            candidate, warnings = self.candidates[index]()
+            context = self.context() if self.context is not None else None
+            return Made(Sample(self.prompt, candidate, context, self.metadata), warnings)
+
+        return make
+
+    def unreadable(self, index: int) -> SampleError | None:
+        """Why a candidate could not be decoded; None for one that could, or was not asked for."""
+        error = self.candidates[index].error
+        return error if isinstance(error, SampleError) else None
+
+
+def groups(incoming: Incoming, items: Sequence[ItemIn], limits: ImageLimits) -> list[Group]:
+    """The items as judges need them. Unknown tensor names raise InvalidRequest now, bad images later."""
+    return [_group(incoming, item, limits) for item in items]
+
+
+def _group(incoming: Incoming, item: ItemIn, limits: ImageLimits) -> Group:
+    listed = item.all_candidates()
+    both = [*listed, *([item.reference] if item.reference is not None else [])]
+    context = None if item.context is None else Once(_context(incoming, item.context, limits))
+    candidates = [Once(_candidate(incoming, candidate, limits)) for candidate in both]
+    return Group(item.prompt, candidates, context, item.metadata, len(listed))
+
+
 def _item_makers(incoming: Incoming, item: ItemIn, limits: ImageLimits, *, with_context: bool) -> list[Maker]:
     context = Once(_context(incoming, item.context, limits)) if with_context and item.context is not None else None
 
-    def maker(candidate: Callable[[], tuple[Candidate, tuple[str, ...]]]) -> Maker:
+    def maker(candidate: Callable[[], Decoded]) -> Maker:
         def make() -> Made:
             made, warnings = candidate()
             return Made(Sample(item.prompt, made, context() if context else None, item.metadata), warnings)
@@ -85,23 +154,21 @@ def _item_makers(incoming: Incoming, item: ItemIn, limits: ImageLimits, *, with_
     return [maker(_candidate(incoming, candidate, limits)) for candidate in item.all_candidates()]
 
 
-def _candidate(
-    incoming: Incoming, candidate: CandidateIn, limits: ImageLimits
-) -> Callable[[], tuple[Candidate, tuple[str, ...]]]:
+def _candidate(incoming: Incoming, candidate: CandidateIn, limits: ImageLimits) -> Callable[[], Decoded]:
     if candidate.text is not None:
         text = candidate.text
         return lambda: (Candidate(text=text), ())
     if candidate.image is not None:
         source = incoming.source(candidate.image)
 
-        def image() -> tuple[Candidate, tuple[str, ...]]:
+        def image() -> Decoded:
             decoded = decode(source, limits)
             return Candidate(image=decoded.image, digest=decoded.digest), decoded.warnings
 
         return image
     sources = [incoming.source(frame) for frame in candidate.frames or []]
 
-    def video() -> tuple[Candidate, tuple[str, ...]]:
+    def video() -> Decoded:
         frames = tuple(decode(source, limits).image for source in sources)
         return Candidate(frames=frames, fps=candidate.fps), ()
 
@@ -137,6 +204,11 @@ class Once(Generic[T]):
         self._lock = threading.Lock()
         self._result: list[T] = []
         self._error: Exception | None = None
+
+    @property
+    def error(self) -> Exception | None:
+        """What the function raised, if it was called and did."""
+        return self._error
 
     def __call__(self) -> T:
         with self._lock:

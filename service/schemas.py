@@ -139,7 +139,11 @@ class CompareRequest(Schema):
 
 
 class ComparisonOut(Schema):
-    """``probability`` that i is preferred to j; ``orders``: as asked with i first, and with j first (flipped back)."""
+    """``probability`` that i is preferred to j; ``orders``: as asked with i first, and with j first (flipped back).
+
+    The index after the last candidate is the item's reference. ``text`` (with ``explain``) holds the judge's answers in
+    both orders, ``parse`` is "ok" or the code of what failed in one of them; ``error`` is there when both did.
+    """
 
     i: int
     j: int
@@ -151,13 +155,20 @@ class ComparisonOut(Schema):
 
 
 class ItemPreferences(Schema):
-    """Preferences within one item; ``strength`` is Bradley-Terry's (logits, mean zero)."""
+    """Preferences within one item; ``strength`` is Bradley-Terry's (logits, mean zero).
+
+    ``reference``: the probability that each candidate is preferred to the item's reference. ``position_bias``: by how
+    much the first of two is preferred for its place, the mean over pairs judged in both orders; 0 without bias, null
+    where none was.
+    """
 
     probabilities: list[list[float | None]]
     win_rate: list[float | None]
     strength: list[float | None]
     strength_stderr: list[float | None]
     ranking: list[int]
+    reference: list[float | None] | None = None
+    position_bias: float | None = None
     comparisons: list[ComparisonOut]
     errors: list[list[ErrorOut]]
     warnings: list[list[WarningOut]]

@@ -83,7 +83,7 @@ class Worker:
         telemetry: Telemetry,
         prefixes: FeatureCache | None = None,
     ) -> None:
-        """``caches``: features of images and of texts; ``prefixes``: beginnings of a judge's turns (None keeps none)."""
+        """``caches``: features of images and texts; ``prefixes``: beginnings of a judge's turns (None keeps none)."""
         self.name = options.name
         self.options = options
         self.batcher = batcher

@@ -15,7 +15,8 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from models.base import Output, SampleError
-from service.engine.batcher import GradientResult
+from models.judge import Judge
+from service.engine.batcher import GradientResult, Outcome
 from service.engine.engine import Engine
 from service.engine.request import SampleResult, Timing
 from service.errors import ClientDisconnected, Unauthorized
@@ -32,6 +33,8 @@ WARNINGS = {
     "unknown_words": "the prompt holds words that the model was never trained on",
     "context_ignored": "the model does not look at the item's context",
     "reference_ignored": "the model does not look at the item's reference",
+    "comparisons_failed": "some comparisons of the candidate failed; the score is that of the others",
+    "low_answer_mass": "the judge gave the words that count as an answer little probability",
 }
 
 
@@ -146,10 +149,12 @@ def warnings_of(
 def _ignored(service: Service, model: str, item: ItemIn) -> list[str]:
     inputs = service.engine.worker(model).model.info.inputs
     given = {"context_ignored": item.context is not None, "reference_ignored": item.reference is not None}
+    if isinstance(service.engine.worker(model).model, Judge):
+        del given["reference_ignored"]
     return [code for code, present in given.items() if present and "context" not in inputs]
 
 
-def score_of(outcome: Output | GradientResult | SampleError) -> float | None:
+def score_of(outcome: Outcome) -> float | None:
     """The score, or None for a failed sample."""
     if isinstance(outcome, GradientResult):
         return outcome.output.score

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from fastapi import APIRouter, Request, Response
 
-from service import items, wire
+from models.base import Output, SampleError
+from models.judge import AnswerError, Judge, Preference
+from service import items, judging, wire
+from service.engine.batcher import Outcome
 from service.engine.request import SampleResult
 from service.errors import InvalidRequest
 from service.openapi import request_body
 from service.routes.common import (
+    WARNINGS,
     ArrivalDep,
     Service,
     ServiceDep,
@@ -29,8 +35,17 @@ from service.schemas import (
     ErrorOut,
     ItemPreferences,
     NamedModelUsed,
+    WarningOut,
 )
-from service.tournament import JudgedComparison, Pair, PairError, compare_by_scores, validate_pairs
+from service.tournament import (
+    JudgedComparison,
+    Pair,
+    PairError,
+    all_pairs,
+    compare_by_judge,
+    compare_by_scores,
+    validate_pairs,
+)
 
 router = APIRouter()
 
@@ -55,7 +70,8 @@ async def compare(request: Request, service: ServiceDep, arrival: ArrivalDep) ->
     """Preferences, win rates, Bradley-Terry strengths and a ranking for each item.
 
     A pointwise model scores each candidate once: every pair then follows, so ``adaptive`` asks for no fewer forwards
-    than ``all``, and both orders give the same probability.
+    than ``all``, and both orders give the same probability. A judge is asked about pairs, in both orders unless the
+    request says otherwise (``adaptive`` chooses its orders itself), and about the item's reference where it has one.
     """
     limits = service.settings.limits
     async with wire.receive(request, limits, service.budget, service.engine.check_open) as incoming:
@@ -63,6 +79,10 @@ async def compare(request: Request, service: ServiceDep, arrival: ArrivalDep) ->
         items.check(body.items, limits)
         asked = [_pairs(item) for item in body.items]
         worker = service.engine.worker(body.model)
+        if isinstance(worker.model, Judge):
+            return await _judge(
+                request, service, body, incoming, asked, deadline_at(arrival, body.deadline_ms, service.settings)
+            )
         with_context = "context" in worker.model.info.inputs
         makers = items.makers(incoming, body.items, items.image_limits(limits), with_context=with_context)
         deadline = deadline_at(arrival, body.deadline_ms, service.settings)
@@ -77,6 +97,110 @@ async def compare(request: Request, service: ServiceDep, arrival: ArrivalDep) ->
         timing_ms=timing_out(timing),
     )
     return wire.json_response(answer)
+
+
+async def _judge(
+    request: Request,
+    service: Service,
+    body: CompareRequest,
+    incoming: wire.Incoming,
+    asked: list[list[Pair] | None],
+    deadline: float,
+) -> Response:
+    limits = service.settings.limits
+    groups = items.groups(incoming, body.items, items.image_limits(limits))
+    plans = [_plan(item, group, pairs) for item, group, pairs in zip(body.items, groups, asked, strict=True)]
+    work = judging.judge(
+        service.engine, body.model, groups, plans, both_orders=body.both_orders, deadline=deadline, limits=limits
+    )
+    judged, timing = await until_disconnect(request, work)
+    answer = CompareResponse(
+        results=[_judged(service, body, each) for each in judged],
+        model=NamedModelUsed(name=body.model, **used(service, body.model, "compare").model_dump()),
+        timing_ms=timing_out(timing),
+    )
+    return wire.json_response(answer)
+
+
+def _plan(item: CompareItemIn, group: items.Group, pairs: list[Pair] | None) -> judging.Plan:
+    if item.pairs == "adaptive" and not group.has_reference:
+        return "adaptive"
+    asked = all_pairs(group.count) if pairs is None else pairs
+    return [*asked, *((index, group.count) for index in range(group.count) if group.has_reference)]
+
+
+def _judged(service: Service, body: CompareRequest, judged: judging.Judged) -> ItemPreferences:
+    model, count = body.model, judged.group.count
+    inner = [each for each in judged.comparisons(model) if max(each.first, each.second) < count]
+    outcome = compare_by_judge(inner, count)
+    pairs = dict.fromkeys((min(pair), max(pair)) for pair in judged.outcomes)
+    return ItemPreferences(
+        probabilities=outcome.probabilities,
+        win_rate=outcome.win_rate,
+        strength=outcome.strength,
+        strength_stderr=outcome.strength_stderr,
+        ranking=outcome.ranking,
+        reference=[judged.preference(i, count, model) for i in range(count)] if judged.group.has_reference else None,
+        position_bias=_position_bias(judged, model),
+        comparisons=[_judged_pair(judged, (i, j), body) for i, j in pairs],
+        errors=[_candidate_errors(judged, index) for index in range(count)],
+        warnings=[_candidate_warnings(judged, index, model) for index in range(count)],
+    )
+
+
+def _position_bias(judged: judging.Judged, model: str) -> float | None:
+    both = [
+        (forwards + backwards) / 2 - 0.5
+        for i, j in judged.outcomes
+        if i < j
+        and (forwards := judged.probability((i, j), model)) is not None
+        and (backwards := judged.probability((j, i), model)) is not None
+    ]
+    return math.fsum(both) / len(both) if both else None
+
+
+def _judged_pair(judged: judging.Judged, pair: Pair, body: CompareRequest) -> ComparisonOut:
+    i, j = pair
+    orders = [order for order in ((i, j), (j, i)) if order in judged.outcomes]
+    outcomes = [judged.outcome(order, body.model) for order in orders]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, SampleError)]
+    probability = judged.preference(i, j, body.model)
+    backwards = judged.probability((j, i), body.model)
+    return ComparisonOut(
+        i=i,
+        j=j,
+        probability=probability,
+        orders=(judged.probability((i, j), body.model), None if backwards is None else 1.0 - backwards),
+        text=[text for outcome in outcomes for text in _texts(outcome)] if body.explain else None,
+        parse=failures[0].code if failures else "ok",
+        error=ErrorOut(model=body.model, code=failures[0].code, message=failures[0].message)
+        if probability is None
+        else None,
+    )
+
+
+def _texts(outcome: Outcome) -> list[str]:
+    """What the judge wrote, readable or not."""
+    if isinstance(outcome, AnswerError):
+        return list(outcome.texts)
+    if isinstance(outcome, Preference | Output):
+        return [str(text) for text in outcome.details.get("texts", ())]
+    return []
+
+
+def _candidate_errors(judged: judging.Judged, index: int) -> list[ErrorOut]:
+    error = judged.group.unreadable(index)
+    return [] if error is None else [ErrorOut(model=None, code=error.code, message=error.message)]
+
+
+def _candidate_warnings(judged: judging.Judged, index: int, model: str) -> list[WarningOut]:
+    codes: dict[tuple[str | None, str], None] = {}
+    for pair, result in judged.outcomes.items():
+        outcome = judged.outcome(pair, model)
+        if index in pair and isinstance(outcome, Preference):
+            codes.update({(None, code): None for code in result.warnings if index in pair})
+            codes.update({(model, code): None for code in outcome.warnings})
+    return [WarningOut(model=m, code=c, message=WARNINGS.get(c, c)) for m, c in codes]
 
 
 def _pairs(item: CompareItemIn) -> list[Pair] | None:
