@@ -90,6 +90,8 @@ async def judge(
         )
     asking = _Asking(engine, model, deadline)
     await asking.ask(judged, fixed)
+    if not any(each.adaptive for each in judged):
+        return judged, asking.timing
     from service.adaptive import Adaptive
 
     schedules = [Adaptive(each.group.count) if each.adaptive else None for each in judged]

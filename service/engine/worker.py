@@ -24,6 +24,7 @@ from service.engine.compile import BucketedFunction
 from service.engine.features import FeatureCache
 from service.engine.gradient import JudgeGradient, TowerGradient
 from service.engine.judging import JudgeRunner
+from service.engine.remote import RemoteChat
 from service.engine.towers import TowerRunner
 from service.telemetry import Telemetry
 
@@ -90,8 +91,10 @@ class Worker:
         self.model: RewardModel
         self.loaded = False
         self.last_success = 0.0
+        self.writes = False
+        """Whether its batches were seen to take many steps: answers in words."""
         self._caches = caches
-        self._prefixes = prefixes or FeatureCache("prefix", 0, telemetry)
+        self._prefixes = FeatureCache("prefix", 0, telemetry) if prefixes is None else prefixes
         self._telemetry = telemetry
         self._towers: TowerRunner | None = None
         self._judge: JudgeRunner | None = None
@@ -138,6 +141,16 @@ class Worker:
                 raise RuntimeError(f"{self.name} does not score its own canary: {failures[0].message}")
             self.batcher.rate = len(batch) / max(time.monotonic() - started, 1e-6)
         self.last_success = time.monotonic()
+
+    def close(self) -> None:
+        """Close the connection of a judge that asks a server."""
+        if isinstance(self.options.load.chat, RemoteChat):
+            self.options.load.chat.close()
+
+    @property
+    def judges(self) -> bool:
+        """Whether the model compares candidates."""
+        return self._judge is not None
 
     @property
     def canary_job(self) -> Job:
@@ -263,6 +276,8 @@ class Worker:
             if len(outcomes) != len(payloads):
                 raise ValueError(f"{self.name} gave {len(outcomes)} outputs for {len(payloads)} inputs")
             return [checked(outcome) for outcome in outcomes]
+        except DevicePoisoned:  # by a batch that ran between this one's tokens
+            raise
         except Exception as error:
             if poisons_device(error):
                 raise DevicePoisoned(f"{self.name} poisoned its device: {error}") from error
@@ -297,6 +312,9 @@ class Worker:
         return True
 
     def _between_tokens(self) -> None:
+        """A token was written: the model lives, however long its answer takes."""
+        self.writes = True
+        self.last_success = time.monotonic()
         self._alive()
         self._breathe()
 
