@@ -28,7 +28,7 @@ from benchmarks import report, samples
 from benchmarks.measures import kendall_tau, ratio
 from benchmarks.plan import Plan
 from models.base import Candidate, CheckpointSize, LoadOptions, Output, Sample, SampleError
-from models.registry import get_model, list_models
+from models.registry import get_info, get_model, list_models
 from service.engine.engine import Engine
 from service.engine.request import Made, Maker
 from service.settings import ModelSettings, Settings
@@ -168,7 +168,8 @@ def main(
 ) -> None:
     """Time the reward models; writes benchmarks/results/reward_models.md unless only some were asked for."""
     console = Console()
-    names = model or [name for name in list_models() if name not in TOO_LARGE | SAME]
+    pointwise = [name for name in list_models() if get_info(name).kind == "pointwise"]
+    names = model or [name for name in pointwise if name not in TOO_LARGE | SAME]
     if unknown := sorted(set(names) - set(list_models(hidden=True))):
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}", param_hint="--model")
     about = report.environment(Plan(), os.getloadavg()[0])

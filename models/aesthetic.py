@@ -14,19 +14,12 @@ from models.backbones.clip import VIT_L_14
 from models.backbones.clip_reward import LARGE_CPU_BATCH, ClipReward, random_clip
 from models.backbones.mlp import ScoreMLP
 from models.backbones.shared import LoadedClip, shared_clip
-from models.base import (
-    Calibration,
-    CheckpointSize,
-    LoadOptions,
-    RewardInfo,
-    WeightSource,
-)
+from models.base import Calibration, CheckpointSize, LoadOptions, RewardInfo, WeightSource
+from models.fitting.fittable import Fittable, write_tensors
 from models.parity_recipe import fill, write_checkpoint
 from models.preprocessing import ImagePreprocessing, at_least_float32
 from models.registry import register
-from models.towers import (
-    HeadOutput,
-)
+from models.towers import HeadOutput
 from models.weights import HASH_PREFIX, fit, hash_tensors, load_checkpoint, obtain
 
 TOWER_PARAMETERS = 427_616_513
@@ -64,6 +57,8 @@ class Aesthetic(ClipReward):
         sources=(TOWER, HEAD),
     )
     cpu_batch: ClassVar[int | None] = LARGE_CPU_BATCH
+    tower_source: str | None = None
+    """Where the tower came from, if not from the published place."""
 
     def __init__(self, loaded: LoadedClip, mlp: ScoreMLP, mlp_hash: str) -> None:
         super().__init__(loaded, ImagePreprocessing.bicubic_crop(loaded.towers.image_size, "transformers"))
@@ -79,7 +74,9 @@ class Aesthetic(ClipReward):
         fit(mlp.state_dict(), tensors, f"{cls.info.name}'s head")
         mlp.load_state_dict(tensors)
         mlp.to(options.device, torch.promote_types(options.dtype, torch.float32))
-        return cls(loaded, mlp, hash_tensors(tensors))
+        model = cls(loaded, mlp, hash_tensors(tensors))
+        model.tower_source = options.weights
+        return model
 
     @classmethod
     def random_checkpoint(cls, folder: Path, size: CheckpointSize = "tiny") -> LoadOptions:
@@ -87,6 +84,15 @@ class Aesthetic(ClipReward):
         shapes = ScoreMLP(VIT_L_14.published.embed_dim).state_dict()
         head = write_checkpoint({name: fill(name, t.shape, 0) for name, t in shapes.items()}, folder / HEAD_FILE)
         return LoadOptions(weights=str(tower), options={HEAD.role: str(head)})
+
+    def fittable(self) -> Fittable:
+        """The linear layers; the tower stays as it is."""
+
+        def save(folder: Path) -> LoadOptions:
+            head = write_tensors(self.mlp.state_dict(), folder / "head.safetensors")
+            return LoadOptions(weights=self.tower_source, options={HEAD.role: head})
+
+        return Fittable(self.mlp, ("",), save, reads_features=True)
 
     def prepare_text(self, prompt: str) -> tuple[Tensor, tuple[str, ...]]:
         """One token that nobody reads, whatever the prompt."""

@@ -9,16 +9,10 @@ from torch import Tensor
 from models.backbones.clip import ClipTowers
 from models.backbones.clip_reward import ClipReward, cosine
 from models.backbones.shared import LoadedClip
-from models.base import (
-    Calibration,
-    LoadOptions,
-    RewardInfo,
-)
+from models.base import Calibration, LoadOptions, RewardInfo
 from models.preprocessing import ImagePreprocessing
 from models.registry import register
-from models.towers import (
-    HeadOutput,
-)
+from models.towers import HeadOutput
 from models.weights import hash_tensors
 
 IMAGE_SIZE = 224

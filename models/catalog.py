@@ -9,6 +9,12 @@ import models.hpsv3
 import models.imagereward
 import models.jpeg
 import models.ocr
+import models.one_reward
 import models.pickscore
+import models.reward_dance
 import models.shapes_clip
-import models.shapes_oracle  # noqa: F401
+import models.shapes_judge
+import models.shapes_oracle
+import models.unified_reward
+import models.unified_reward_flex
+import models.unified_reward_think  # noqa: F401

@@ -17,18 +17,10 @@ from models.backbones.clip_reward import (
     scaled_cosine,
 )
 from models.backbones.shared import shared_clip
-from models.base import (
-    Calibration,
-    CheckpointSize,
-    LoadOptions,
-    RewardInfo,
-    WeightSource,
-)
+from models.base import Calibration, CheckpointSize, LoadOptions, RewardInfo, WeightSource
 from models.preprocessing import ImagePreprocessing, bilinear_crop
 from models.registry import register
-from models.towers import (
-    HeadOutput,
-)
+from models.towers import HeadOutput
 
 PARAMETERS = 427_616_513
 SOURCES = {

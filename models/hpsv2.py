@@ -10,18 +10,10 @@ from torch import Tensor
 from models.backbones.clip import VIT_H_14
 from models.backbones.clip_reward import LARGE_CPU_BATCH, OPEN_CLIP_TEXT, ClipReward, cosine, random_clip
 from models.backbones.shared import shared_clip
-from models.base import (
-    Calibration,
-    CheckpointSize,
-    LoadOptions,
-    RewardInfo,
-    WeightSource,
-)
+from models.base import Calibration, CheckpointSize, LoadOptions, RewardInfo, WeightSource
 from models.preprocessing import ImagePreprocessing, fit_and_pad
 from models.registry import register
-from models.towers import (
-    HeadOutput,
-)
+from models.towers import HeadOutput
 
 PARAMETERS = 986_109_441
 

@@ -35,22 +35,12 @@ from models.backbones.qwen2_vl import (
     sizes,
 )
 from models.backbones.qwen2_vl_tokenizer import RewardTokenizer, train_tokenizer
-from models.base import (
-    Calibration,
-    CheckpointSize,
-    InputError,
-    LoadOptions,
-    RewardInfo,
-    WeightsError,
-    WeightSource,
-)
+from models.base import Calibration, CheckpointSize, InputError, LoadOptions, RewardInfo, WeightsError, WeightSource
+from models.fitting.fittable import Fittable, write_tensors
 from models.parity_recipe import fill, write_checkpoint
 from models.preprocessing import normalize
 from models.registry import register
-from models.towers import (
-    HeadOutput,
-    TowerReward,
-)
+from models.towers import HeadOutput, TowerReward
 from models.weights import HASH_PREFIX, file_sha256, fit, hash_tensors, load_checkpoint, obtain
 
 PARAMETERS = 8_292_152_882
@@ -291,6 +281,15 @@ class Hpsv3(TowerReward):
         weights = write_checkpoint(tensors, folder / "HPSv3.safetensors")
         options: dict[str, Any] = {"tokenizer": str(folder / "tokenizer.json")}
         return LoadOptions(weights=str(weights), options=options | ({"config": config} if config else {}))
+
+    def fittable(self) -> Fittable:
+        """The MLP is the head; tokenizer and configuration stay those of the options."""
+
+        def save(folder: Path) -> LoadOptions:
+            # The published form has lm_head too, which nothing reads.
+            return LoadOptions(weights=write_tensors(self.network.published_state(), folder / "model.safetensors"))
+
+        return Fittable(self.network, ("rm_head.",), save)
 
     def prepare_image(self, image: PILImage.Image) -> Tensor:
         """uint8 [3, H, W] of about 256*28*28 pixels; raises :class:`InputError` ("aspect_ratio")."""

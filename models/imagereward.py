@@ -20,15 +20,8 @@ from torch import Tensor, nn
 from models.backbones.blip import UNUSED_TENSORS, BlipConfig, BlipEncoder
 from models.backbones.mlp import ScoreMLP
 from models.backbones.wordpiece import VOCABULARY_SIZE, tokenize
-from models.base import (
-    Calibration,
-    CheckpointSize,
-    InputError,
-    LoadOptions,
-    RewardInfo,
-    WeightsError,
-    WeightSource,
-)
+from models.base import Calibration, CheckpointSize, InputError, LoadOptions, RewardInfo, WeightsError, WeightSource
+from models.fitting.fittable import Fittable, write_tensors
 from models.parity_recipe import fill, write_checkpoint
 from models.preprocessing import (
     clip_preprocess_tensor,
@@ -39,10 +32,7 @@ from models.preprocessing import (
     to_uint8_tensor,
 )
 from models.registry import register
-from models.towers import (
-    HeadOutput,
-    TowerReward,
-)
+from models.towers import HeadOutput, TowerReward
 from models.weights import fit, hash_tensors, load_checkpoint, obtain
 
 TEXT_LENGTHS = (12, 20, 35)
@@ -159,6 +149,12 @@ class ImageReward(TowerReward):
     def prepare_text(self, prompt: str) -> tuple[Tensor, tuple[str, ...]]:
         tokens, truncated = tokenize(prompt, TEXT_LENGTHS)
         return tokens, ("prompt_truncated",) if truncated else ()
+
+    def fittable(self) -> Fittable:
+        def save(folder: Path) -> LoadOptions:
+            return LoadOptions(weights=write_tensors(self.network.state_dict(), folder / "model.safetensors"))
+
+        return Fittable(self.network, ("mlp.",), save)
 
     def normalize(self, pixels_B3SS: Tensor) -> Tensor:
         return normalize(pixels_B3SS, dtype=self.dtype)

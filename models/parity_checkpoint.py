@@ -22,19 +22,11 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 import models.catalog  # noqa: F401
-from models.base import (
-    Candidate,
-    LoadOptions,
-    Output,
-    Sample,
-    SampleError,
-)
+from models.base import Candidate, LoadOptions, Output, Sample, SampleError
 from models.parity import Topic, largest
 from models.parity_recipe import build, digest, write_checkpoint
 from models.registry import load_model
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 
 ISSUE_BOUND = 1e-3
 """Of max(|score|, standard deviation of the file's scores); the tolerances of :class:`Kind` are tighter."""

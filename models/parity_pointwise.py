@@ -25,9 +25,7 @@ from models.parity_checkpoint import (
     record_error,
     unit_record,
 )
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 
 _IMAGE_FEATURES = {"image_embed_raw", "image_embed_normalised", "clip_embed_normalised", "image_features"}
 _TEXT_FEATURES = {"text_embed_raw", "text_embed_normalised", "text_features"}

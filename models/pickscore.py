@@ -18,18 +18,10 @@ from models.backbones.clip_reward import (
     scaled_cosine,
 )
 from models.backbones.shared import shared_clip
-from models.base import (
-    Calibration,
-    CheckpointSize,
-    LoadOptions,
-    RewardInfo,
-    WeightSource,
-)
+from models.base import Calibration, CheckpointSize, LoadOptions, RewardInfo, WeightSource
 from models.preprocessing import ImagePreprocessing
 from models.registry import register
-from models.towers import (
-    HeadOutput,
-)
+from models.towers import HeadOutput
 
 PARAMETERS = 986_109_441
 WEIGHTS = WeightSource("hf:yuvalkirstain/PickScore_v1/model.safetensors")

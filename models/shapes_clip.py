@@ -12,18 +12,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbones.clip import ClipTowers, tokenize
 from models.backbones.clip_reward import ClipReward, TextPreprocessing
 from models.backbones.shared import LoadedClip
-from models.base import (
-    Calibration,
-    Candidate,
-    LoadOptions,
-    RewardInfo,
-    Sample,
-)
+from models.base import Calibration, Candidate, LoadOptions, RewardInfo, Sample
+from models.fitting.fittable import Fittable, write_tensors
 from models.preprocessing import ImagePreprocessing
 from models.registry import register
 from models.shapes.clip_model import (
@@ -33,12 +28,11 @@ from models.shapes.clip_model import (
     PreferenceHead,
     clip_config,
     compact_index,
+    pack_expanded,
     unpack,
 )
 from models.shapes.world import Scene, SceneObject, render
-from models.towers import (
-    HeadOutput,
-)
+from models.towers import HeadOutput
 from models.weights import fit, hash_tensors, load_safetensors
 
 PARAMETERS = 8_364_546
@@ -94,6 +88,16 @@ class ShapesClip(ClipReward):
         """In float32 whatever the towers' dtype: a bfloat16 score has too few digits to rank a group."""
         with torch.autocast(self.device.type, enabled=False):
             return HeadOutput(self.preference_head(image_features_BD, text_features_BD))
+
+    def fittable(self) -> Fittable:
+        clip, head = self.towers.clip, self.preference_head
+
+        def save(folder: Path) -> LoadOptions:
+            return LoadOptions(weights=write_tensors(pack_expanded(clip, head), folder / "model.safetensors"))
+
+        # The rows of unknown tokens are one: they are stored once and must stay alike.
+        module = nn.ModuleDict({"clip": clip, "head": head})
+        return Fittable(module, ("head.",), save, reads_features=True, frozen=("clip.token_embedding",))
 
     def canary(self) -> Sample:
         objects = (SceneObject("circle", "red", (1, 0)), SceneObject("square", "blue", (1, 2)))

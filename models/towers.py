@@ -6,13 +6,16 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
 from models.base import ModelError, Output, RewardModel, Sample, SampleError
+
+if TYPE_CHECKING:
+    from models.fitting.fittable import Fittable
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,10 @@ class TowerReward(RewardModel):
     @abstractmethod
     def preprocess_tensor(self, pixels_B3HW: Tensor) -> Tensor:
         """Differentiable twin of prepare_image + normalize: float [0, 1] images of one size -> tower input."""
+
+    def fittable(self) -> Fittable:
+        """What of the model can be fitted to preferences; NotImplementedError where nothing can."""
+        raise NotImplementedError
 
     def prepare(self, sample: Sample) -> TowerInput:
         pixels = self.prepare_image(sample.image(self.info.name))

@@ -1,4 +1,4 @@
-"""reward-service serve | fetch | score | compare | models | bench"""
+"""reward-service serve | fetch | score | compare | models | evaluate | fit | bench"""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from service.evaluation.command import evaluate
+from service.fit_command import fit
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Rewards for images, over HTTP.")
+app.command()(evaluate)
+app.command()(fit)
 console = Console()
 progress = Console(stderr=True)
 

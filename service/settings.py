@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -30,6 +31,73 @@ Compile = Literal["auto", "on", "off", "measure"]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class RemoteSettings(Section):
+    """The server that a judge asks in place of its own weights: vLLM, SGLang, or another with OpenAI's chat API."""
+
+    base_url: str = Field(description="http(s)://HOST[:PORT]/v1, without a key")
+    model: str = Field(min_length=1, description="name under which the server serves it")
+    api_key: SecretStr | None = Field(None, description="sent as a bearer key")
+    api_key_env: str | None = Field(None, min_length=1, description="environment variable that holds the key")
+    timeout_s: float = Field(60.0, gt=0, le=3600, description="for one whole answer; it is not asked for again")
+    connect_timeout_s: float = Field(5.0, gt=0, le=600)
+    max_retries: int = Field(3, ge=0, le=20, description="after lost connections, 429, 502, 503, 504")
+    concurrency: int = Field(16, ge=1, le=1024, description="requests of one batch at the same time")
+    image_format: Literal["png", "jpeg"] = Field("png", description="png is lossless")
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    videos: Literal["refuse", "frames"] = Field("refuse", description="frames: a video is sent as its frames")
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of every request")
+
+    @field_validator("base_url")
+    @classmethod
+    def _address_alone(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            raise ValueError("base_url is no URL") from None
+        if parts.scheme not in ("http", "https") or not host:
+            raise ValueError("base_url is http://HOST/v1 or https://HOST/v1")
+        if "@" in parts.netloc:
+            raise ValueError("base_url holds no user or password; set api_key or api_key_env")
+        if parts.query or parts.fragment:
+            raise ValueError("base_url has no query and no fragment")
+        return value.rstrip("/")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _leaves_the_question_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(set(value) & REQUEST_FIELDS):
+            raise ValueError(f"extra_body cannot set {', '.join(taken)}: the judge does")
+        return value
+
+    @model_validator(mode="after")
+    def _one_key(self) -> RemoteSettings:
+        if self.api_key is not None and self.api_key_env is not None:
+            raise ValueError("api_key or api_key_env, not both")
+        self.secret()
+        return self
+
+    def secret(self) -> SecretStr | None:
+        """The key; raises ValueError where it is empty, no header's text, or its variable is not set."""
+        key = self.api_key
+        if self.api_key_env is not None:
+            if self.api_key_env not in os.environ:
+                raise ValueError(f"api_key_env names {self.api_key_env}, which is not set")
+            key = SecretStr(os.environ[self.api_key_env].strip())
+        if key is not None and not (key.get_secret_value().isascii() and key.get_secret_value().isprintable()):
+            raise ValueError("the key holds characters that no header has")
+        if key is not None and not key.get_secret_value().strip():
+            raise ValueError("the key is empty")
+        return key
+
+
+REQUEST_FIELDS = frozenset(
+    {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "n", "stream",
+     "logprobs", "top_logprobs", "echo", "continue_final_message", "add_generation_prompt"}
+)  # fmt: skip
+"""Of a chat completion: what the judge decides, or what its answer's shape depends on."""
 
 
 class ModelSettings(Section):
@@ -53,6 +121,30 @@ class ModelSettings(Section):
         description="answer /gradient; it takes a float32 copy of a model of another dtype. "
         "null: unless that copy is larger than 8 GB",
     )
+    remote: RemoteSettings | None = Field(
+        None, description="of a judge: the server that it asks in place of weights of its own"
+    )
+    token_budget: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a judge's batch; null: 4096 on a CPU, 32768 on CUDA, by concurrency of a server",
+    )
+    both_orders: bool = Field(True, description="a judge that answers /score compares each pair in both orders")
+    reference: str = Field(
+        "group",
+        pattern=r"^(group|first|best:.+|best-of-[1-9][0-9]?)$",
+        description="what a judge's /score compares a candidate with where the item has no reference: all of its group "
+        "(win rate), the first, the best by the score of a loaded model (best:NAME), or the winner of the first K "
+        "(best-of-K)",
+    )
+
+    @model_validator(mode="after")
+    def _one_place_for_weights(self) -> ModelSettings:
+        if self.remote is not None and (self.weights is not None or self.sha256 is not None):
+            raise ValueError("a model has remote, or weights and sha256, not both")
+        if self.remote is not None and self.gradients:
+            raise ValueError("a model behind a server gives no gradients")
+        return self
 
 
 class LimitSettings(Section):
@@ -64,6 +156,8 @@ class LimitSettings(Section):
     items: int = Field(64, ge=1)
     images_per_item: int = Field(64, ge=1)
     images_per_request: int = Field(256, ge=1)
+    frames_per_video: int = Field(32, ge=1)
+    comparisons_per_request: int = Field(8192, ge=1, description="of a judge, both orders counted")
     prompt_chars: int = Field(16_384, ge=1)
     metadata_bytes: int = Field(65_536, ge=1)
     safetensors_header_bytes: int = Field(8 << 20, ge=1 << 10)
@@ -100,6 +194,9 @@ class CacheSettings(Section):
 
     text_features_bytes: int = Field(64 << 20, ge=0)
     image_features_bytes: int = Field(64 << 20, ge=0)
+    prefix_bytes: int = Field(
+        256 << 20, ge=0, description="keys and values of beginnings that a judge's comparisons share"
+    )
 
 
 class DrainSettings(Section):
@@ -134,7 +231,12 @@ def _compute(given: dict[str, Any]) -> dict[str, Any]:
 class Settings(BaseSettings):
     """All settings of ``reward-service serve``."""
 
-    model_config = SettingsConfigDict(env_prefix="REWARD_", env_nested_delimiter="__", extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="REWARD_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        hide_input_in_errors=True,  # the input may be a key
+    )
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65_535)

@@ -14,17 +14,14 @@ from torch import Tensor
 from models.backbones import clip, clip_hf, clip_tokenizer
 from models.backbones.clip import ClipArchitecture, ClipSize, empty_clip
 from models.backbones.shared import LoadedClip
-from models.base import (
-    CheckpointSize,
-    LoadOptions,
-)
+from models.base import CheckpointSize, LoadOptions
+from models.fitting.fittable import Fittable, write_tensors
 from models.parity_recipe import fill, write_checkpoint
 from models.preprocessing import ImagePreprocessing, at_least_float32, normalize
-from models.towers import (
-    HeadOutput,
-    TowerReward,
-)
+from models.towers import HeadOutput, TowerReward
 
+PROJECTIONS = ("visual.proj", "text_projection", "text.text_projection", "logit_scale")
+"""Names in open_clip's CLIP of what turns the towers' last states into a logit."""
 LARGE_CPU_BATCH = 8
 """Most samples at once on a CPU for towers of ViT-L/14 and up."""
 
@@ -79,6 +76,15 @@ class ClipReward(TowerReward):
 
     def preprocess_tensor(self, pixels_B3HW: Tensor) -> Tensor:
         return self.normalize(self.image_preprocessing.twin(pixels_B3HW))
+
+    def fittable(self) -> Fittable:
+        """The head: both projections and the scale."""
+        clip = self.towers.clip
+
+        def save(folder: Path) -> LoadOptions:
+            return LoadOptions(weights=write_tensors(clip.state_dict(), folder / "model.safetensors"))
+
+        return Fittable(clip, PROJECTIONS, save)
 
 
 def cosine(image_features_BD: Tensor, text_features_BD: Tensor) -> Tensor:

@@ -24,17 +24,9 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from models.backbones.hf import quiet
-from models.base import (
-    CheckpointSize,
-    InputError,
-    LoadOptions,
-    ModelError,
-    WeightsError,
-)
+from models.base import CheckpointSize, InputError, LoadOptions, ModelError, WeightsError
 from models.parity_recipe import fill, write_checkpoint
-from models.towers import (
-    alike,
-)
+from models.towers import alike
 from models.weights import hash_tensors, load_checkpoint, load_safetensors
 
 if TYPE_CHECKING:  # transformers takes seconds to import: a service without such models need not pay them

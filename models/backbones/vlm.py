@@ -10,16 +10,19 @@ lengths, which a causal model does not see.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from models.backbones.vlm_inputs import LocalTurn, Picture, Preparation
-from models.base import LoadOptions, SampleError
+from models.backbones.vlm_families import Picture, deeper_layers, encode
+from models.backbones.vlm_inputs import LocalTurn, Preparation
+from models.base import LoadOptions, ModelError, SampleError
 from models.judge import Answer, FeatureStore, Generation, Turn, WordScores
 from models.towers import alike
 
@@ -64,8 +67,8 @@ class LocalChat:
         self._features: FeatureStore = NoStore()
         self._prefixes: FeatureStore = NoStore()
         self._spellings: dict[str, tuple[int, ...]] = {}
-        self._deep = model.config.model_type == "qwen3_vl"
-        self._float32: Any = None
+        self._deep = deeper_layers(model)
+        self._float32: LocalChat | None = None
 
     @classmethod
     def load(cls, folder: Path, options: LoadOptions) -> LocalChat:
@@ -99,7 +102,7 @@ class LocalChat:
             forms = {
                 blank + form for form in (word, word.lower(), word.capitalize(), word.upper()) for blank in ("", " ")
             }
-            tokens = [self.processor.tokenizer(form, add_special_tokens=False).input_ids for form in sorted(forms)]
+            tokens = [self.preparation.encode(form) for form in sorted(forms)]
             single = tuple(sorted({ids[0] for ids in tokens if len(ids) == 1}))
             if not single:
                 raise ValueError(f"{word!r} is no single token of this judge: it cannot be scored by its first token")
@@ -108,14 +111,18 @@ class LocalChat:
 
     @torch.inference_mode()
     def score(self, turns: Sequence[LocalTurn], words: Sequence[str]) -> list[WordScores | SampleError]:
-        """Log-probabilities over the whole vocabulary, in float32."""
+        """Log-probabilities over the whole vocabulary, in float32.
+
+        A turn whose logits are no numbers is a :class:`ModelError` with code "not_finite". Raises ValueError as
+        :meth:`spellings`.
+        """
         spellings = [self.spellings(word) for word in words]
         scores: list[WordScores | SampleError | None] = [None] * len(turns)
         for places, logits_RV in self._last_logits(turns):
             log_probs = logits_RV.float().log_softmax(-1)
             columns = torch.stack([log_probs[:, list(ids)].logsumexp(-1) for ids in spellings], dim=-1).tolist()
             for place, row in zip(places, columns, strict=False):
-                scores[place] = WordScores(tuple(row))
+                scores[place] = _word_scores(row)
         return [score for score in scores if score is not None]
 
     def generate(self, turns: Sequence[LocalTurn], how: Generation) -> list[list[Answer] | SampleError]:
@@ -128,12 +135,12 @@ class LocalChat:
 
         return score_gradient(self, turn, words)
 
-    def in_float32(self) -> Any:
-        """The network itself where it computes in float32, else a copy that is made once: for gradients."""
-        if self.dtype == torch.float32:
-            return self.model
+    def in_float32(self) -> LocalChat:
+        """The same network in float32 (a copy that is made once where it computes in another), which shares nothing:
+        for gradients."""
         if self._float32 is None:
-            self._float32 = copy.deepcopy(self.model).float()
+            model = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).float()
+            self._float32 = LocalChat(model, self.processor, share_features=False, share_prefixes=False, rows=1)
         return self._float32
 
     # -- vision -------------------------------------------------------------------------------------------------------
@@ -157,22 +164,7 @@ class LocalChat:
 
     def encode(self, picture: Picture) -> Tensor:
         """One picture through the vision tower: alone, since in bfloat16 its bits move with the batch."""
-        inner, pixels = self.model.model, picture.pixels.to(self.device)
-        if picture.video:
-            out = inner.get_video_features(pixels, picture.grid[None].to(self.device))
-        elif self.model.config.model_type == "llava_onevision":
-            several = torch.tensor([1 if pixels.shape[0] > 1 else 2])
-            out = inner.get_image_features(
-                pixels[None], picture.grid[None].to(self.device), batch_num_images=several, return_dict=True
-            )
-        elif self.model.config.model_type == "internvl":
-            out = inner.get_image_features(pixels, return_dict=True)
-        else:
-            out = inner.get_image_features(pixels, picture.grid[None].to(self.device))
-        tokens = out.pooler_output
-        main = tokens[0] if isinstance(tokens, tuple | list) else tokens.flatten(0, -2)
-        deep = [layer[0] for layer in out.deepstack_features] if self._deep else []
-        return torch.stack([main, *deep]).clone()
+        return encode(self.model, picture.pixels.to(self.device), picture)
 
     # -- language -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +178,7 @@ class LocalChat:
         embeddings: Tensor = self.model.get_input_embeddings()(ids[start:stop])
         before, inside = int(visual_L[:start].sum()), int(visual_L[start:stop].sum())
         if not inside:
-            return embeddings, visual_L[start:stop], embeddings.new_zeros(0, 0, embeddings.shape[-1])
+            return embeddings, visual_L[start:stop], embeddings.new_zeros(self._deep, 0, embeddings.shape[-1])
         tokens = torch.cat([features[picture.digest] for picture in turn.pictures], dim=1)[:, before : before + inside]
         embeddings = embeddings.masked_scatter(visual_L[start:stop, None], tokens[0].to(embeddings.dtype))
         return embeddings, visual_L[start:stop], tokens[1:]
@@ -197,19 +189,30 @@ class LocalChat:
         image: Tensor = ids_L == self.processor.image_token_id
         return image if video is None else image | (ids_L == video)
 
-    def forward(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]], positions_BPL: Tensor, cache: Any) -> Tensor:
-        """Rows of equal length through the language model: states [B, L, D]. ``cache`` holds what comes before."""
-        embeddings = torch.stack([part[0] for part in parts])
+    def forward(
+        self,
+        embeddings_BLD: Tensor,
+        positions_BPL: Tensor,
+        cache: Any,
+        *,
+        seen: Tensor | None = None,
+        visual: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Rows of equal length through the language model: states [B, L, D].
+
+        ``cache`` holds what comes before, of which a row sees ``seen`` bool [B, K], itself included (None: all, in
+        causal order). ``visual``: which tokens are of pictures [B, L], and their deeper features [K - 1, n, D].
+        """
         positions = positions_BPL.to(self.device)
-        where: dict[str, Any] = {
+        given: dict[str, Any] = {
             "position_ids": positions.transpose(0, 1) if positions.shape[1] == 3 else positions[:, 0]
         }
-        if self._deep and any(part[2].numel() for part in parts):
-            deeper = [part[2] for part in parts]
-            where["visual_pos_masks"] = torch.stack([part[1] for part in parts])
-            where["deepstack_visual_embeds"] = list(torch.cat(deeper, dim=1).unbind(0))
+        if seen is not None:
+            given["attention_mask"] = seen[:, None, None]
+        if visual is not None and self._deep and visual[1].numel():
+            given["visual_pos_masks"], given["deepstack_visual_embeds"] = visual[0], list(visual[1].unbind(0))
         out = self.model.model.language_model(
-            inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None, **where
+            inputs_embeds=embeddings_BLD, past_key_values=cache, use_cache=cache is not None, **given
         )
         states: Tensor = out.last_hidden_state
         return states
@@ -218,14 +221,25 @@ class LocalChat:
         """An empty cache of keys and values; the library's types fit no use of it."""
         return DynamicCache(config=self.model.config.get_text_config())
 
-    def prefix(self, turn: LocalTurn, features: dict[str, Tensor]) -> Tensor:
-        """Keys and values of the turn's beginning, [layers, 2, heads, cut, D]."""
+    def prefixes(
+        self, turns: Sequence[LocalTurn], features: dict[str, Tensor], known: dict[Hashable, Tensor]
+    ) -> dict[Hashable, Tensor]:
+        """Keys and values of the turns' beginnings, [layers, 2, heads, cut, D]. ``known``, those of the rows before,
+        are used and let go of: only the store keeps more than one forward needs."""
+        found: dict[Hashable, Tensor] = {}
+        for turn in turns:
+            if self.cut(turn) and turn.prefix not in found:
+                kept = known.get(turn.prefix)
+                found[turn.prefix] = self._prefix(turn, features) if kept is None else kept
+        return found
+
+    def _prefix(self, turn: LocalTurn, features: dict[str, Tensor]) -> Tensor:
         key = ("prefix", self.weights_hash, self.identity, self.dtype, turn.prefix)
         kept = self._prefixes.get(key)
         if kept is None:
             cache = self.new_cache()
-            part = self.embed(turn, features, 0, turn.cut)
-            self.forward([part], turn.positions[None, :, : turn.cut], cache)
+            embeddings, visual, deeper = self.embed(turn, features, 0, turn.cut)
+            self.forward(embeddings[None], turn.positions[None, :, : turn.cut], cache, visual=(visual[None], deeper))
             kept = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
             self._prefixes.put(key, kept)
         return kept
@@ -245,44 +259,55 @@ class LocalChat:
             cache.update(layer[0], layer[1], place)
         return cache
 
-    def rows_of(self, turns: Sequence[LocalTurn], *, exact: bool) -> list[list[int]]:
-        """Places of turns that share a forward: equal beginnings' lengths, and ends of one (padded) length."""
-        step = 1 if exact or not self.share_prefixes else LENGTH_STEP
-        keys = {i: (self.cut(turn), -(-(turn.tokens - self.cut(turn)) // step)) for i, turn in enumerate(turns)}
+    @property
+    def _step(self) -> int:
+        return LENGTH_STEP if self.share_prefixes else 1
+
+    def rows_of(self, turns: Sequence[LocalTurn]) -> list[list[int]]:
+        """Places of turns that share a forward: equal beginnings' lengths, and ends of one padded length."""
+        keys = {i: (self.cut(turn), -(-(turn.tokens - self.cut(turn)) // self._step)) for i, turn in enumerate(turns)}
         return [same[start : start + self.rows] for same in alike(keys) for start in range(0, len(same), self.rows)]
 
-    def _last_logits(self, turns: Sequence[LocalTurn]) -> list[tuple[list[int], Tensor]]:
+    def _last_logits(self, turns: Sequence[LocalTurn]) -> Iterator[tuple[list[int], Tensor]]:
         """(places, logits [rows, V] at the last token), the rows beyond the places being padding."""
-        found = []
         features = self.features(turns) if self.share_features else {}
         prefixes: dict[Hashable, Tensor] = {}
-        for places in self.rows_of(turns, exact=False):
+        for places in self.rows_of(turns):
             chosen = [turns[place] for place in places]
             own = features if self.share_features else self.features(chosen)
+            prefixes = self.prefixes(chosen, own, prefixes)
             padded = [*chosen, *[chosen[-1]] * (self.rows - len(chosen))]
-            found.append((places, self._ends(padded, own, prefixes)))
-        return found
+            states_BD, _, _ = self.read(padded, own, prefixes, keep=False)
+            yield places, self.model.lm_head(states_BD)
 
-    def _ends(self, turns: list[LocalTurn], features: dict[str, Tensor], prefixes: dict[Hashable, Tensor]) -> Tensor:
+    def read(
+        self, turns: Sequence[LocalTurn], features: dict[str, Tensor], prefixes: dict[Hashable, Tensor], *, keep: bool
+    ) -> tuple[Tensor, Any, int]:
+        """Turns that share a forward: the states [B, D] at their last tokens, the cache of all their keys and values
+        (with ``keep``), and its length; a row's own tokens are the first in it, padding follows."""
         cut = self.cut(turns[0])
-        cache = None
-        if cut:
-            prefixes.update({turn.prefix: self.prefix(turn, features) for turn in turns if turn.prefix not in prefixes})
-            cache = self.cache_of([prefixes[turn.prefix] for turn in turns])
-        step = LENGTH_STEP if self.share_prefixes else 1
-        length = -(-max(turn.tokens - cut for turn in turns) // step) * step
-        parts, positions, last = [], [], []
+        cache = self.cache_of([prefixes[turn.prefix] for turn in turns]) if cut else self.new_cache() if keep else None
+        length = -(-(turns[0].tokens - cut) // self._step) * self._step
+        embeddings, visual, deeper, positions, last = [], [], [], [], []
         for turn in turns:
-            embeddings, visual, deeper = self.embed(turn, features, cut, turn.tokens)
-            short = length - len(embeddings)
-            parts.append((_padded(embeddings, short), _padded(visual, short), deeper))
+            own, which, deep = self.embed(turn, features, cut, turn.tokens)
+            short = length - len(own)
             place = turn.positions[:, cut:]
-            positions.append(torch.cat([place, place[:, -1:].expand(-1, short)], dim=1) if short else place)
-            last.append(turn.tokens - cut - 1)
-        states = self.forward(parts, torch.stack(positions), cache)
-        logits: Tensor = self.model.lm_head(states[torch.arange(len(turns)), last])
-        return logits
+            embeddings.append(F.pad(own, (0, 0, 0, short)))
+            visual.append(F.pad(which, (0, short)))
+            deeper.append(deep)
+            positions.append(torch.cat([place, place[:, -1:].expand(-1, short)], dim=1))
+            last.append(len(own) - 1)
+        states = self.forward(
+            torch.stack(embeddings),
+            torch.stack(positions),
+            cache,
+            visual=(torch.stack(visual), torch.cat(deeper, dim=1)),
+        )
+        return states[torch.arange(len(turns)), last], cache, cut + length
 
 
-def _padded(values: Tensor, rows: int) -> Tensor:
-    return values if not rows else torch.cat([values, values.new_zeros(rows, *values.shape[1:])])
+def _word_scores(log_probs: list[float]) -> WordScores | SampleError:
+    if any(math.isnan(value) for value in log_probs):
+        return ModelError("the judge's logits are not finite numbers", code="not_finite")
+    return WordScores(tuple(log_probs))

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from models.backbones.vlm_inputs import LocalTurn
-from models.base import SampleError
+from models.base import ModelError, SampleError
 from models.judge import Answer, Generation
 
 if TYPE_CHECKING:
     from models.backbones.vlm import LocalChat
-
-STOP_TOKENS = 24
-"""How many last tokens are read for a stop text after each step."""
 
 
 @dataclass(eq=False)
@@ -29,20 +26,24 @@ class _Row:
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
+    failed: bool = False
 
 
 @torch.inference_mode()
 def generate(chat: LocalChat, turns: Sequence[LocalTurn], how: Generation) -> list[list[Answer] | SampleError]:
-    """``how.samples`` answers to each turn; see :class:`models.judge.ChatModel`."""
+    """``how.samples`` answers to each turn; see :class:`models.judge.ChatModel`.
+
+    A turn whose logits are no numbers is a :class:`ModelError` with code "not_finite".
+    """
     rows = [_Row(turn, _generator(turn, how, k)) for turn in turns for k in range(how.samples)]
     features = chat.features(turns) if chat.share_features else {}
     prefixes: dict[Hashable, Tensor] = {}
-    for places in chat.rows_of([row.turn for row in rows], exact=True):
+    for places in chat.rows_of([row.turn for row in rows]):
         chosen = [rows[place] for place in places]
         own = features if chat.share_features else chat.features([row.turn for row in chosen])
+        prefixes = chat.prefixes([row.turn for row in chosen], own, prefixes)
         _write(chat, chosen, own, prefixes, how)
-    answers = [_answer(chat, row) for row in rows]
-    return [list(answers[i : i + how.samples]) for i in range(0, len(answers), how.samples)]
+    return [_answers(chat, rows[i : i + how.samples], how) for i in range(0, len(rows), how.samples)]
 
 
 def _generator(turn: LocalTurn, how: Generation, sample: int) -> torch.Generator:
@@ -54,50 +55,50 @@ def _generator(turn: LocalTurn, how: Generation, sample: int) -> torch.Generator
 
 
 def _write(
-    chat: LocalChat, rows: list[_Row], features: dict[str, Tensor], prefixes: dict[Hashable, Tensor], how: Generation
+    chat: LocalChat,
+    rows: list[_Row],
+    features: dict[str, Tensor],
+    prefixes: dict[Hashable, Tensor],
+    how: Generation,
 ) -> None:
-    """Write the answers of rows whose beginnings and ends have equal lengths, until all have ended."""
+    """Write the answers of rows that share a forward, until all have ended."""
     padded = [*rows, *[rows[-1]] * (chat.rows - len(rows))]
     turns = [row.turn for row in padded]
-    cut = chat.cut(turns[0])
-    if cut:
-        prefixes.update({turn.prefix: chat.prefix(turn, features) for turn in turns if turn.prefix not in prefixes})
-        cache = chat.cache_of([prefixes[turn.prefix] for turn in turns])
-    else:
-        cache = chat.new_cache()
-    parts = [chat.embed(turn, features, cut, turn.tokens) for turn in turns]
-    positions = torch.stack([turn.positions for turn in turns])
-    states = chat.forward(parts, positions[:, :, cut:], cache)
+    states_BD, cache, length = chat.read(turns, features, prefixes, keep=True)
     # What follows an image goes on from the largest of its positions.
-    last_B = positions.amax(dim=(1, 2))
+    last_B = torch.stack([turn.positions.max() for turn in turns])
+    axes = turns[0].positions.shape[0]
+    seen_BK = torch.stack([torch.arange(length) < turn.tokens for turn in turns]).to(chat.device)
     ends = _end_tokens(chat)
+    tail = max((len(stop.encode()) for stop in how.stop), default=0) + 4
     for step in range(how.max_tokens):
-        logits = chat.model.lm_head(states[:, -1]).float().cpu()
-        for row, logits_V in zip(rows, logits, strict=False):
+        chosen = _choose(chat.model.lm_head(states_BD).float(), rows, how)
+        for row, token in zip(rows, chosen, strict=True):
             if not row.ended:
-                _choose(chat, row, logits_V, ends, how)
+                row.tokens.append(token)
+                text = chat.processor.tokenizer.decode(row.tokens[-tail:]) if how.stop else ""
+                row.ended = row.failed or token in ends or any(stop in text for stop in how.stop)
         if all(row.ended for row in rows) or step + 1 == how.max_tokens:
             return
         chat.on_step()
         ids = torch.tensor([row.tokens[-1] for row in padded], device=chat.device)
         embeddings = chat.model.get_input_embeddings()(ids)[:, None]
-        empty = embeddings.new_zeros(0, 0, embeddings.shape[-1])
-        text = torch.zeros(1, dtype=torch.bool, device=chat.device)
-        place = (last_B + 1 + step)[:, None, None].expand(-1, positions.shape[1], 1)
-        states = chat.forward([(embedding, text, empty) for embedding in embeddings], place, cache)
+        seen_BK = torch.cat([seen_BK, seen_BK.new_ones(len(padded), 1)], dim=1)
+        place = (last_B + 1 + step)[:, None, None].expand(-1, axes, 1)
+        states_BD = chat.forward(embeddings, place, cache, seen=seen_BK)[:, -1]
 
 
-def _choose(chat: LocalChat, row: _Row, logits_V: Tensor, ends: frozenset[int], how: Generation) -> None:
-    if how.temperature == 0:
-        token = int(logits_V.argmax())
-    else:
-        token = int(torch.multinomial((logits_V / how.temperature).softmax(-1), 1, generator=row.generator))
-    row.tokens.append(token)
-    if token in ends:
-        row.ended = True
-    elif how.stop:
-        tail = chat.processor.tokenizer.decode(row.tokens[-STOP_TOKENS:])
-        row.ended = any(stop in tail for stop in how.stop)
+def _choose(logits_BV: Tensor, rows: Sequence[_Row], how: Generation) -> list[int]:
+    """The next token of each row; a row whose logits are no numbers has failed."""
+    best = logits_BV.max(-1)
+    tokens, finite = best.indices.tolist(), best.values.isfinite().tolist()
+    if how.temperature:
+        weights_BV = ((logits_BV - best.values[:, None]) / how.temperature).softmax(-1).cpu()
+    for place, row in enumerate(rows):
+        row.failed = row.failed or (not row.ended and not finite[place])
+        if how.temperature and not row.ended and not row.failed:
+            tokens[place] = int(torch.multinomial(weights_BV[place], 1, generator=row.generator))
+    return tokens[: len(rows)]
 
 
 def _end_tokens(chat: LocalChat) -> frozenset[int]:
@@ -107,5 +108,14 @@ def _end_tokens(chat: LocalChat) -> frozenset[int]:
     return frozenset(int(token) for token in [*listed, chat.processor.tokenizer.eos_token_id] if token is not None)
 
 
-def _answer(chat: LocalChat, row: _Row) -> Answer:
-    return Answer(chat.processor.tokenizer.decode(row.tokens, skip_special_tokens=True), row.ended)
+def _answers(chat: LocalChat, rows: Sequence[_Row], how: Generation) -> list[Answer] | SampleError:
+    if any(row.failed for row in rows):
+        return ModelError("the judge's logits are not finite numbers", code="not_finite")
+    return [Answer(_text(chat, row, how.stop), row.ended) for row in rows]
+
+
+def _text(chat: LocalChat, row: _Row, stops: Sequence[str]) -> str:
+    """The answer up to the end of the first stop text: its last token may say more."""
+    text: str = chat.processor.tokenizer.decode(row.tokens, skip_special_tokens=True)
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image as PILImage
 from torch import Tensor
 
+from models.backbones.vlm_families import encode
 from models.base import Candidate, UnsupportedInput
 from models.judge import Turn, WordScores
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from models.backbones.vlm import LocalChat
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+LEAF = "leaf"
+"""In place of the digest of the candidate that the pixels stand for: no digest looks like it."""
 
 
 def score_gradient(chat: LocalChat, turn: Turn, words: Sequence[str]) -> tuple[WordScores, Tensor]:
@@ -28,23 +31,20 @@ def score_gradient(chat: LocalChat, turn: Turn, words: Sequence[str]) -> tuple[W
     if len(leaves) != 1:
         raise ValueError(f"one part of the turn is a tensor; {len(leaves)} are")
     leaf = leaves[0].detach().to(chat.device, torch.float32).requires_grad_()
-    stand_in = Candidate(image=_image(leaf), digest="leaf")
+    stand_in = Candidate(image=_image(leaf), digest=LEAF)
     parts = tuple(stand_in if isinstance(part, Tensor) else part for part in turn.parts)
     prepared = chat.prepare(replace(turn, parts=parts))
-    model = chat.in_float32()
+    exact = chat.in_float32()
     with torch.enable_grad():
         features = {}
         for picture in prepared.pictures:
-            pixels = twin_patches(chat.processor.image_processor, leaf) if picture.digest == "leaf" else picture.pixels
-            grid = picture.grid[None].to(chat.device)
-            with torch.set_grad_enabled(picture.digest == "leaf"):
-                out = model.model.get_image_features(pixels.to(chat.device, torch.float32), grid)
-            deep = [layer[0] for layer in getattr(out, "deepstack_features", None) or []]
-            features[picture.digest] = torch.stack([out.pooler_output[0], *deep])
-        single = type(chat)(model, chat.processor, share_features=False, share_prefixes=False, rows=1)
-        part = single.embed(prepared, features, 0, prepared.tokens)
-        state = single.forward([part], prepared.positions[None], None)[0, -1]
-        log_probs = model.lm_head(state).float().log_softmax(-1)
+            own = picture.digest == LEAF
+            pixels = twin_patches(chat.processor.image_processor, leaf) if own else picture.pixels.to(chat.device)
+            with torch.set_grad_enabled(own):
+                features[picture.digest] = encode(exact.model, pixels, picture)
+        embeddings, visual, deeper = exact.embed(prepared, features, 0, prepared.tokens)
+        states = exact.forward(embeddings[None], prepared.positions[None], None, visual=(visual[None], deeper))
+        log_probs = exact.model.lm_head(states[0, -1]).float().log_softmax(-1)
         scores = torch.stack([log_probs[list(chat.spellings(word))].logsumexp(-1) for word in words])
         (gradient,) = torch.autograd.grad(scores.softmax(-1)[0], leaf)
     return WordScores(tuple(scores.tolist())), gradient.detach().cpu()

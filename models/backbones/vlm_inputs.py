@@ -16,9 +16,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image as PILImage
 from torch import Tensor
 
+from models.backbones.vlm_families import Picture, process
 from models.base import Candidate, InputError
 from models.judge import Turn
 
@@ -26,23 +26,6 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 
 Positions = Tensor
 """Rotary positions int64 [3, L] (time, row, column) or [1, L]."""
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """An image or a video as its processor gives it: ``pixels``, ``grid`` [3] (frames, rows, columns of patches; for
-    families without one the image's size), the text that stands for it, and the name of its content."""
-
-    pixels: Tensor
-    grid: Tensor
-    text: str
-    digest: str
-    video: bool = False
-
-    @property
-    def shape(self) -> Hashable:
-        """Pictures whose shapes are equal may be encoded in one batch."""
-        return (tuple(self.pixels.shape), tuple(self.grid.flatten().tolist()), self.video)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +45,14 @@ class LocalTurn:
         return len(self.ids)
 
 
+class _Made:
+    """What is made of one candidate: as one of several pictures of a turn, and as the only one."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.pictures: dict[bool, Picture] = {}
+
+
 class Preparation:
     """Turns -> :class:`LocalTurn`. Thread-safe; what is made of a candidate is kept as long as the candidate."""
 
@@ -73,11 +64,15 @@ class Preparation:
         self._max_tokens = max_tokens
         self._image_id: int = processor.image_token_id
         self._video_id: int | None = getattr(processor, "video_token_id", None)
+        listed = (processor.image_token, getattr(processor, "video_token", None))
+        self._tokens = tuple(token for token in listed if token)
+        # Copies, since a tokenizer's settings are state that its other users may change.
+        self._whole, self._plain = (_untruncated(self._tokenizer.backend_tokenizer) for _ in range(2))
         # Control tokens are letters to this one: they are no part of what users may say.
-        self._plain = copy.deepcopy(self._tokenizer.backend_tokenizer)
         self._plain.encode_special_tokens = True
-        self._control = tuple(token for token in self._tokenizer.get_added_vocab() if token)
-        self._made: WeakKeyDictionary[Candidate, dict[bool, Picture]] = WeakKeyDictionary()
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._control = tuple(token.content for token in added if token.special and token.content)
+        self._made: WeakKeyDictionary[Candidate, _Made] = WeakKeyDictionary()
         self._lock = Lock()
 
     def prepare(self, turn: Turn) -> LocalTurn:
@@ -88,64 +83,35 @@ class Preparation:
             raise InputError(
                 f"the turn has {len(ids)} tokens; the judge takes {self._max_tokens}", code="context_too_long"
             )
-        starts = self._starts(ids)
-        if len(starts) != len(pictures):
-            raise InputError("the turn's text holds the token that stands for an image", code="reserved_token")
-        cut = starts[-1] if starts else 0
-        digests = tuple(picture.digest for picture in pictures[:-1])
+        cut = self._cut(ids, pictures)
+        seen = tuple((picture.digest, picture.seconds) for picture in pictures[:-1])
         name = hashlib.blake2b(ids[:cut].numpy().tobytes(), digest_size=16).hexdigest()
-        return LocalTurn(ids, self._place(ids, pictures), pictures, cut, (name, digests))
+        return LocalTurn(ids, self._place(ids, pictures), pictures, cut, (name, seen))
 
     def _pictures(self, turn: Turn) -> tuple[Picture, ...]:
         visual = [part for part in turn.parts if isinstance(part, Candidate)]
-        several = len(visual) > 1
+        several = sum(candidate.image is not None for candidate in visual) > 1
         return tuple(self._picture(candidate, several) for candidate in visual)
 
     def _picture(self, candidate: Candidate, several: bool) -> Picture:
         with self._lock:
-            made = self._made.setdefault(candidate, {})
-            found = made.get(several)
-        if found is None:
-            found = self._video(candidate) if candidate.frames else self._image(candidate, several)
-            with self._lock:
-                made[several] = found
-        return found
-
-    def _image(self, candidate: Candidate, several: bool) -> Picture:
-        if candidate.image is None:
-            raise InputError("a text cannot stand where an image is asked for", code="unsupported_input")
-        image = candidate.image.convert("RGB")
-        # LLaVA-OneVision cuts an image into tiles where it is alone.
-        nested: Any = [[image, image]] if several and self._family == "llava_onevision" else [image]
-        # Some processors have defaults of their own (InternVL cuts large images into tiles).
-        defaults: dict[str, Any] = getattr(type(self._processor), "images_kwargs", {})
-        made = self._processor.image_processor(images=nested, return_tensors="pt", **defaults)
-        text = self._processor.replace_image_token(made, 0)
-        if self._family == "llava_onevision":
-            return Picture(made["pixel_values"][0], made["image_sizes"][0], text, f"{candidate.digest}{several}")
-        if "image_grid_thw" in made:
-            return Picture(made["pixel_values"], made["image_grid_thw"][0], text, candidate.digest)
-        size = torch.tensor(image.size[::-1])
-        return Picture(made["pixel_values"], size, text, candidate.digest)
-
-    def _video(self, candidate: Candidate) -> Picture:
-        if self._family not in ("qwen2_vl", "qwen2_5_vl"):
-            raise InputError(f"videos are not supported with {self._family} judges", code="video_unsupported")
-        frames = [frame.convert("RGB") for frame in candidate.frames]
-        if len({frame.size for frame in frames}) > 1:
-            raise InputError("the frames of a video have one size", code="invalid_video")
-        clip = torch.stack([_tensor(frame) for frame in frames])
-        made = self._processor.video_processor(videos=[clip], do_sample_frames=False, return_tensors="pt")
-        text = self._processor.replace_video_token(made, 0)
-        return Picture(made["pixel_values_videos"], made["video_grid_thw"][0], text, candidate.digest, video=True)
+            made = self._made.setdefault(candidate, _Made())
+        # Threads that prepare other comparisons of the candidate wait for the one that processes it.
+        with made.lock:
+            if several not in made.pictures:
+                made.pictures[several] = process(self._processor, self._family, candidate, several)
+            return made.pictures[several]
 
     def _ids(self, turn: Turn, pictures: Sequence[Picture]) -> list[int]:
         """Token ids of the whole turn, with the start of the answer."""
         guarded: list[str] = []
+        # Of all texts at once: two that meet may spell together what neither spells alone.
+        said = "".join((turn.system, *(part for part in turn.parts if isinstance(part, str)), turn.reply))
+        _check_unicode(said)
+        hostile = "\ue000" in said or any(token in said for token in self._control)
 
         def guard(text: str) -> str:
-            _check_unicode(text)
-            if "\ue000" not in text and not any(token in text for token in self._control):
+            if not hostile:
                 return text
             guarded.append(text)
             return f"\ue000{len(guarded) - 1}\ue001"
@@ -166,17 +132,23 @@ class Preparation:
             if place % 2:
                 ids += self._plain.encode(guarded[int(piece)], add_special_tokens=False).ids
             elif piece:
-                ids += self._tokenizer(piece, add_special_tokens=False).input_ids
+                ids += self.encode(piece)
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, in which control tokens are control tokens."""
+        ids: list[int] = self._whole.encode(text, add_special_tokens=False).ids
         return ids
 
     def _expand(self, rendered: str, pictures: Sequence[Picture]) -> str:
         """Put each picture's own text where the template has one token for it."""
-        tokens = [
-            token for token in (self._processor.image_token, getattr(self._processor, "video_token", None)) if token
-        ]
-        pieces = re.split("|".join(map(re.escape, tokens)), rendered)
+        pieces = re.split("|".join(map(re.escape, self._tokens)), rendered)
         if len(pieces) != len(pictures) + 1:
-            raise InputError("the chat template does not show every image once", code="reserved_token")
+            videos = any(picture.video for picture in pictures)
+            raise InputError(
+                "the checkpoint's chat template does not show every picture once",
+                code="video_unsupported" if videos else "reserved_token",
+            )
         told = [picture.text for picture in pictures] + [""]
         return "".join(piece + text for piece, text in zip(pieces, told, strict=True))
 
@@ -185,29 +157,36 @@ class Preparation:
         types = (ids == self._image_id).int()
         return types if self._video_id is None else types + 2 * (ids == self._video_id).int()
 
-    def _starts(self, ids: Tensor) -> list[int]:
-        """Where each picture's tokens begin."""
-        visual = self._visual(ids) > 0
-        begins = visual & ~torch.cat([torch.zeros(1, dtype=torch.bool), visual[:-1]])
-        return begins.nonzero().flatten().tolist()
+    def _cut(self, ids: Tensor, pictures: Sequence[Picture]) -> int:
+        """Where the last picture's tokens begin. Raises InputError where there are others than the pictures' own."""
+        places = self._visual(ids).nonzero().flatten().tolist()
+        counts = [sum(picture.text.count(token) for token in self._tokens) for picture in pictures]
+        if len(places) != sum(counts):
+            raise InputError("the turn's text holds the token that stands for an image", code="reserved_token")
+        return int(places[-counts[-1]]) if counts else 0
 
     def _place(self, ids: Tensor, pictures: Sequence[Picture]) -> Positions:
         if self._positions is None:
             return torch.arange(len(ids))[None]
         images = [picture.grid for picture in pictures if not picture.video]
         videos = [picture.grid for picture in pictures if picture.video]
+        seconds = [picture.seconds for picture in pictures if picture.seconds is not None]
         positions: Tensor = self._positions(
             ids[None],
             mm_token_type_ids=self._visual(ids)[None],
             image_grid_thw=torch.stack(images) if images else None,
             video_grid_thw=torch.stack(videos) if videos else None,
+            **({"second_per_grid_ts": torch.tensor(seconds)} if seconds else {}),
         )[0]
         return positions[:, 0]
 
 
-def _tensor(image: PILImage.Image) -> Tensor:
-    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return raw.view(image.height, image.width, 3).permute(2, 0, 1)
+def _untruncated(tokenizer: Any) -> Any:
+    copied = copy.deepcopy(tokenizer)
+    copied.no_truncation()
+    copied.no_padding()
+    copied.encode_special_tokens = False
+    return copied
 
 
 def _check_unicode(text: str) -> None:

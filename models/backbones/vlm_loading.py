@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from PIL import Image as PILImage
 
 from models.backbones.hf import quiet
-from models.backbones.qwen2_vl_tokenizer import CONTROL_TOKENS, train_tokenizer
-from models.base import LoadOptions, WeightsError
+from models.backbones.qwen2_vl_tokenizer import train_tokenizer
+from models.base import Candidate, LoadOptions, WeightsError
+from models.judge import Turn
 from models.weights import hash_files
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ def load_chat(folder: Path, options: LoadOptions) -> LocalChat:
 
     ``options.options`` may hold ``min_pixels`` and ``max_pixels``, the area of a resized image in place of the
     processor's own (Qwen families). Raises :class:`WeightsError` for a folder that is none, another family, weights
-    that are no safetensors, tensors that are missing or do not fit, and a processor without chat template.
+    that are quantised or no safetensors, tensors that are missing or do not fit, and a processor without a chat
+    template that shows images.
     """
     import transformers
 
@@ -58,8 +61,8 @@ def load_chat(folder: Path, options: LoadOptions) -> LocalChat:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise WeightsError(f"{folder} cannot be read by transformers: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # whatever damaged files make three libraries raise
+        raise WeightsError(f"{folder} cannot be read by transformers: {_told(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise WeightsError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
@@ -67,13 +70,22 @@ def load_chat(folder: Path, options: LoadOptions) -> LocalChat:
         raise WeightsError(f"the processor in {folder} has no chat template")
     pixels = _set_pixels(processor, options.options)
     most = getattr(config_of(model), "max_position_embeddings", 32768)
-    return LocalChat(
+    chat = LocalChat(
         model.to(options.device).eval().requires_grad_(False),
         processor,
         weights_hash=hash_files(*files),
         identity=_identity(folder, pixels),
         max_tokens=int(most),
     )
+    try:
+        chat.prepare(Turn((Candidate(image=PILImage.new("RGB", (64, 64))), "?")))
+    except Exception as error:  # templates are programs: they fail in ways of their own
+        raise WeightsError(f"the chat template in {folder} cannot show an image: {_told(error)}") from error
+    return chat
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def config_of(model: Any) -> Any:
@@ -89,6 +101,8 @@ def _check_family(folder: Path) -> None:
     family = config.get("model_type") if isinstance(config, dict) else None
     if family not in FAMILIES:
         raise WeightsError(f"{folder} is a {family!r}; judges run on {', '.join(FAMILIES.values())}")
+    if config.get("quantization_config"):
+        raise WeightsError(f"the weights in {folder} are quantised; give the folder of the model's plain weights")
 
 
 def _set_pixels(processor: Any, options: Mapping[str, Any]) -> dict[str, int]:
@@ -182,6 +196,11 @@ def _tokenizer(family: Family) -> Any:
     )
 
 
+def _template(image: str, video: str) -> str:
+    template = _QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
+    return template.replace("<|vision_start|><|video_pad|><|vision_end|>", video)
+
+
 def _processor(family: Family) -> Any:
     import transformers
 
@@ -191,7 +210,7 @@ def _processor(family: Family) -> Any:
         pinpoints = [[56, 56], [56, 112], [112, 56]]
         images = t.LlavaOnevisionImageProcessor(size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints)
         videos: Any = t.LlavaOnevisionVideoProcessor(size={"height": 56, "width": 56})
-        template = _QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n")
+        template = _template("<image>", "<video>")
         return t.LlavaOnevisionProcessor(
             images, tokenizer, videos, num_image_tokens=16, vision_feature_select_strategy="full",
             chat_template=template,
@@ -200,7 +219,7 @@ def _processor(family: Family) -> Any:
         size = {"height": 56, "width": 56}
         images = t.GotOcr2ImageProcessor(size=size, crop_to_patches=False)
         videos = t.InternVLVideoProcessor(size=size)
-        template = _QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+        template = _template("<IMG_CONTEXT>\n", "<video>\n")
         return t.InternVLProcessor(images, tokenizer, videos, image_seq_length=4, chat_template=template)
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     if family == "qwen3_vl":
@@ -213,12 +232,9 @@ def _processor(family: Family) -> Any:
 
 
 def _random_config(family: Family, size: Literal["tiny", "bench"], processor: Any) -> Any:
-    import transformers as t
-
     tokenizer, big = processor.tokenizer, size == "bench"
     if big and family != "qwen2_vl":
         raise ValueError("the large random model is a Qwen2-VL")
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
     width, head = (768, 64) if big else (64, 32)
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -228,60 +244,74 @@ def _random_config(family: Family, size: Literal["tiny", "bench"], processor: An
         "num_attention_heads": width // head,
         "num_key_value_heads": 4 if big else 1,
         "max_position_embeddings": 4096,
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "bos_token_id": None,
         "tie_word_embeddings": False,
     }
-    visual_ids = {
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
+    if family == "llava_onevision":
+        return _llava_config(text, tokenizer)
+    if family == "internvl":
+        return _internvl_config(text, tokenizer)
+    return _qwen_config(family, text, tokenizer, big)
+
+
+def _qwen_config(family: Family, text: dict[str, Any], tokenizer: Any, big: bool) -> Any:
+    import transformers as t
+
+    ids = {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     }
-    section = [8, 12, 12] if big else [4, 6, 6]
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    width = text["hidden_size"]
+    rope: dict[str, Any] = {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12] if big else [4, 6, 6]
+    }  # fmt: skip
+    text = {**text, "rope_parameters": rope}
     if family == "qwen2_vl":
         vision: dict[str, Any] = {
             "depth": 8 if big else 2, "embed_dim": 512 if big else 32, "num_heads": 8 if big else 2,
             "mlp_ratio": 4, "hidden_size": width,
         }  # fmt: skip
-        return t.Qwen2VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision, **visual_ids)
+        return t.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width}
     if family == "qwen2_5_vl":
-        vision = {
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width,
-            "fullatt_block_indexes": [1], "window_size": 56,
-        }  # fmt: skip
-        return t.Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision, **visual_ids)
-    if family == "qwen3_vl":
-        vision = {
-            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width,
-            "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
-        }  # fmt: skip
-        rope["mrope_interleaved"] = True
-        return t.Qwen3VLConfig(
-            text_config={**text, "head_dim": head, "rope_parameters": rope}, vision_config=vision, **visual_ids
-        )
-    language = t.Qwen2Config(**text)
-    if family == "llava_onevision":
-        return t.LlavaOnevisionConfig(
-            vision_config=t.SiglipVisionConfig(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56,
-                patch_size=14, vision_use_head=False,
-            ),
-            text_config=language,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-            image_grid_pinpoints=[[56, 56], [56, 112], [112, 56]],
-            vision_feature_select_strategy="full",
-            vision_feature_layer=-1,
-        )  # fmt: skip
+        vision |= {"depth": 2, "fullatt_block_indexes": [1], "window_size": 56}
+        return t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    vision |= {"depth": 3, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    rope["mrope_interleaved"] = True
+    head = width // text["num_attention_heads"]
+    return t.Qwen3VLConfig(text_config={**text, "head_dim": head}, vision_config=vision, **ids)
+
+
+def _llava_config(text: dict[str, Any], tokenizer: Any) -> Any:
+    import transformers as t
+
+    return t.LlavaOnevisionConfig(
+        vision_config=t.SiglipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56,
+            patch_size=14, vision_use_head=False,
+        ),
+        text_config=t.Qwen2Config(**text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[[56, 56], [56, 112], [112, 56]],
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )  # fmt: skip
+
+
+def _internvl_config(text: dict[str, Any], tokenizer: Any) -> Any:
+    import transformers as t
+
     return t.InternVLConfig(
         vision_config=t.InternVLVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=[56, 56],
             patch_size=[14, 14],
         ),
-        text_config=language,
+        text_config=t.Qwen2Config(**text),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=4,
         downsample_ratio=0.5,

@@ -118,6 +118,16 @@ def pack(clip: nn.Module, head: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().to(torch.float16).contiguous() for name, value in named}
 
 
+def pack_expanded(clip: nn.Module, head: nn.Module) -> dict[str, Tensor]:
+    """As :func:`pack`, of a CLIP whose embedding table has a row for every token of the vocabulary."""
+    packed = pack(clip, head)
+    rows = torch.zeros(len(known_tokens()) + 1, dtype=torch.int64)
+    rows[compact_index()] = torch.arange(len(compact_index()))
+    name = f"clip.{_EMBEDDING}"
+    packed[name] = packed[name][rows].contiguous()
+    return packed
+
+
 def unpack(tensors: Mapping[str, Tensor], *, compact: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Stored tensors -> float32 tensors of (CLIP, head), the embedding table expanded unless ``compact``.
 

@@ -10,18 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from models.backbones.qwen2_vl_tokenizer import CONTROL_TOKENS, IMAGE_TOKEN, PAD_TOKEN
 from models.shapes.judge_text import WORDS
@@ -31,6 +26,9 @@ IMAGE_SIZE = 64
 PATCH_SIZE = 8
 IMAGE_TOKENS = 16
 END_TOKEN = "<|im_end|>"
+
+# The library's classes have no useful types.
+_library: Any = transformers
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -61,7 +59,7 @@ def _merges(words: tuple[str, ...], letters: list[str]) -> list[tuple[str, str]]
     return merges
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Any:
     """Byte-level BPE over the words of the world's language, and the control tokens of Qwen2-VL."""
     letters = sorted(ByteLevel.alphabet())
     to_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
@@ -72,17 +70,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_PIECES), "isolated"), to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL_TOKENS])
-    return PreTrainedTokenizerFast(
+    return _library.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD_TOKEN, eos_token=END_TOKEN, padding_side="left", model_max_length=1024
     )
 
 
-def build_processor() -> Qwen2VLProcessor:
+def build_processor() -> Any:
     """Any image becomes 64 x 64 pixels where it is square, and about as many where it is not."""
     size = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}
-    images = Qwen2VLImageProcessor(size=size, patch_size=PATCH_SIZE)
-    videos = Qwen2VLVideoProcessor(size=size, patch_size=PATCH_SIZE)
-    return Qwen2VLProcessor(images, build_tokenizer(), videos, chat_template=CHAT_TEMPLATE)
+    images = _library.Qwen2VLImageProcessor(size=size, patch_size=PATCH_SIZE)
+    videos = _library.Qwen2VLVideoProcessor(size=size, patch_size=PATCH_SIZE)
+    return _library.Qwen2VLProcessor(images, build_tokenizer(), videos, chat_template=CHAT_TEMPLATE)
 
 
 def build_config(tokenizer: Any, *, width: int = 128, layers: int = 4, vision_layers: int = 3) -> Qwen2VLConfig:
@@ -127,23 +125,19 @@ def build_model(tokenizer: Any) -> Qwen2VLForConditionalGeneration:
     return Qwen2VLForConditionalGeneration(build_config(tokenizer))
 
 
-def save(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, folder: Path) -> None:
+def save(model: Qwen2VLForConditionalGeneration, processor: Any, folder: Path) -> None:
     """Write the folder, weights in float16."""
-    import torch
-
     half = Qwen2VLForConditionalGeneration(model.config)
     half.load_state_dict(model.state_dict())
-    half.to(torch.float16).save_pretrained(folder)
+    halved: Any = half
+    halved.half().save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def load(folder: Path = DIRECTORY) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLProcessor]:
+def load(folder: Path = DIRECTORY) -> tuple[Any, Any]:
     """Model in float32 and evaluation mode, and processor, read as any user's program would."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model = _library.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    processor = _library.AutoProcessor.from_pretrained(folder, local_files_only=True)
     return model.eval(), processor
 
 
@@ -159,8 +153,6 @@ def image_positions(ids_BL: Tensor, image_id: int) -> Tensor:
 
     As transformers' ``get_rope_index`` for images of 4 x 4 tokens, without its loop over rows.
     """
-    import torch
-
     side = int(IMAGE_TOKENS**0.5)
     columns: list[tuple[int, int, int]] = []
     start, place, ids = 0, 0, ids_BL[0].tolist()

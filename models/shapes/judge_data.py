@@ -1,4 +1,4 @@
-"""What shapes-judge learns from: pairs of pictures for one prompt with the truth known, rendered anew for every step."""
+"""What shapes-judge learns from: pairs of pictures for one prompt, their truth known, rendered anew for every step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.shapes.judge import END_TOKEN, IMAGE_TOKEN, IMAGE_TOKENS, chat_text, image_positions
+from models.backbones.qwen2_vl_tokenizer import IMAGE_TOKEN
+from models.shapes.judge import END_TOKEN, IMAGE_TOKENS, chat_text, image_positions
 from models.shapes.judge_text import DESCRIBE, describe, points, think_answer
 from models.shapes.preferences import TASK_WEIGHTS, Picture, draw, random_picture
 from models.shapes.prompts import TASKS, Prompt
@@ -85,11 +86,12 @@ def examples(processor: Any, asked: list[str], answers: list[str], images: list[
     """Rows of ``per_row`` images each, a question, and an answer."""
     tokenizer = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    rows, starts = [], []
+    rows: list[list[int]] = []
+    starts: list[int] = []
     for question, answer in zip(asked, answers, strict=True):
-        start = _expand(tokenizer(chat_text([*[None] * per_row, question])).input_ids, image_id)
-        rows.append(start + tokenizer(answer + END_TOKEN).input_ids)
-        starts.append(len(start))
+        opening = _expand(tokenizer(chat_text([*[None] * per_row, question])).input_ids, image_id)
+        rows.append(opening + tokenizer(answer + END_TOKEN).input_ids)
+        starts.append(len(opening))
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
     targets, weights = torch.full((len(rows), length), IGNORED), torch.zeros(len(rows), length)

@@ -100,7 +100,8 @@ def answer_loss(model: Any, batch: Examples) -> Tensor:
 
 def optimizers(model: nn.Module, config: JudgeConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks of both towers, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = (".layers." in name or ".blocks." in name) and parameter.ndim == 2
         (matrices if inside else others).append(parameter)

@@ -107,6 +107,9 @@ class Engine:
                 uses_device = get_model(name).uses_device
             except KeyError as error:
                 raise ValueError(f"settings.models names an {error.args[0]}") from error
+            options = worker_options(name, model_settings, self.settings, device)
+            if options.load.chat is not None:
+                uses_device = options.load.chat.uses_device
             lane = shared if uses_device else Lane(name, self.fail)
             batcher = Batcher(
                 name,
@@ -115,7 +118,6 @@ class Engine:
                 wakeup=lane.wakeup,
                 telemetry=self._telemetry,
             )
-            options = worker_options(name, model_settings, self.settings, device)
             worker = Worker(options, batcher, caches, self._telemetry, prefixes)
             lane.workers.append(worker)
             self.workers[name] = worker
@@ -166,6 +168,8 @@ class Engine:
         for lane in self._lanes:
             if lane.is_alive():
                 await asyncio.to_thread(lane.join, 5.0)
+        for worker in self.workers.values():
+            worker.close()
 
     # -- the door -----------------------------------------------------------------------------------------------------
 
@@ -327,12 +331,15 @@ class Engine:
         return dict(zip(names, answers, strict=True))
 
     async def _answers(self, worker: Worker) -> bool:
-        if time.monotonic() - worker.last_success <= self.settings.ready_max_age_s:
+        if self._is_fresh(worker):
             return True
         running = self._canaries.get(worker.name)
         if running is None or running.done():  # however many ask at once, one canary runs
             running = self._canaries[worker.name] = asyncio.create_task(self._run_canary(worker))
         return await asyncio.shield(running)
+
+    def _is_fresh(self, worker: Worker) -> bool:
+        return time.monotonic() - worker.last_success <= self.settings.ready_max_age_s
 
     async def _run_canary(self, worker: Worker) -> bool:
         request = PendingRequest([], 1, asyncio.get_running_loop())
@@ -343,7 +350,9 @@ class Engine:
             payload = await asyncio.to_thread(worker.canary_payload)
             worker.batcher.ready(ticket, payload, weight=worker.weight(payload), front=True)
             await asyncio.wait_for(asyncio.shield(request.done), CANARY_TIMEOUT_S)
-        except (TimeoutError, SampleError, Unavailable):
+        except TimeoutError:  # a judge that writes its answer may take longer, and has written some of it
+            return self._is_fresh(worker)
+        except (SampleError, Unavailable):
             return False
         finally:
             worker.batcher.drop(ticket, "deadline")

@@ -2,6 +2,8 @@
 
 Models that compute on the torch device share one lane, oldest batch first: CUDA graphs belong to a thread, and two
 forwards at once on one device only slow each other. A model that computes on the CPU by itself has a lane of its own.
+Judges give way: between two tokens of a long answer and between two batches of a tournament, what is due of the lane's
+other models runs.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+
+import torch
 
 from service.engine.batcher import Ticket
 from service.engine.worker import DevicePoisoned, Worker
@@ -30,6 +34,7 @@ class Lane(threading.Thread):
         self.startup_error: BaseException | None = None
         self._on_fatal = on_fatal
         self._stopping = False
+        self._last: Worker | None = None
 
     def run(self) -> None:
         try:
@@ -59,21 +64,27 @@ class Lane(threading.Thread):
             self.busy = (self.busy[0], time.monotonic())
 
     def _breathe(self, writing: Worker) -> None:
-        """Between two tokens of a long answer: run what is due of the other workers, whose requests are short.
+        """Between two tokens of a long answer: run a batch that is due of the other workers, if there is one.
 
-        Never nested: what runs here is not itself interrupted.
+        One, so that the answer goes on whatever arrives. What runs here is not itself interrupted.
         """
-        while (work := self._due(lambda worker: worker is not writing)) is not None:
-            worker, batch = work
-            self.busy = (worker, time.monotonic())
-            worker.process(batch, self._alive)
+        work = self._due(writing)
+        if work is None:
+            return
+        worker, batch = work
+        self.busy = (worker, time.monotonic())
+        try:
+            with torch.inference_mode(False):  # tokens are written in that mode, in which nothing has a gradient
+                worker.process(batch, self._alive)
+        finally:
             self.busy = (writing, time.monotonic())
 
-    def _due(self, eligible: Callable[[Worker], bool]) -> tuple[Worker, list[Ticket]] | None:
-        """A batch that is due now, without waiting."""
+    def _due(self, writing: Worker) -> tuple[Worker, list[Ticket]] | None:
+        """A batch that is due now of a worker other than ``writing`` which does not write long answers itself."""
         with self.wakeup:
             now = time.monotonic()
-            due = [w for w in self.workers if eligible(w) and w.loaded and w.batcher.due_in(now, w.full) == 0.0]
+            others = [worker for worker in self.workers if worker is not writing and worker.loaded]
+            due = [w for w in others if not w.writes and w.batcher.due_in(now, w.full) == 0.0]
             for worker in sorted(due, key=lambda worker: worker.batcher.oldest() or 0.0):
                 batch = worker.batcher.take(worker.full)
                 if batch:
@@ -88,13 +99,18 @@ class Lane(threading.Thread):
                 due = [(worker.batcher.due_in(now, worker.full), worker) for worker in self.workers]
                 now_due = [worker for seconds, worker in due if seconds == 0.0]
                 if now_due:
-                    worker = min(now_due, key=lambda worker: worker.batcher.oldest() or 0.0)
+                    worker = min(now_due, key=self._rank)
                     batch = worker.batcher.take(worker.full)
                     if batch:
+                        self._last = worker
                         return worker, batch
                     continue
                 self.wakeup.wait(min((seconds for seconds, _ in due if seconds is not None), default=None))
         return None
+
+    def _rank(self, worker: Worker) -> tuple[bool, float]:
+        """Oldest first, but a tournament's hundreds of comparisons, all of one age, let others in between."""
+        return worker is self._last and worker.judges, worker.batcher.oldest() or 0.0
 
     def stop(self) -> None:
         with self.wakeup:

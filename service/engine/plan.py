@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from models.base import LoadOptions
+from models.judge import Judge
 from models.registry import get_model
+from service.engine.remote import RemoteChat
 from service.engine.worker import WorkerOptions
 from service.runtime import reduction_order
 from service.settings import ModelSettings, Settings
@@ -33,7 +35,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def worker_options(name: str, model: ModelSettings, settings: Settings, device: torch.device) -> WorkerOptions:
-    """Settings of one model over settings of all, with ``auto`` resolved for the device."""
+    """Settings of one model over settings of all, with ``auto`` resolved for the device.
+
+    The connection of a judge with ``remote`` is made here (``load.chat``) and sends nothing yet; who stops the model
+    closes it. Raises ValueError for ``remote`` of a model that asks no chat model.
+    """
     dtype = model.dtype if model.dtype != "auto" else settings.dtype
     compile = model.compile if model.compile != "auto" else settings.compile
     if compile == "auto":
@@ -41,20 +47,34 @@ def worker_options(name: str, model: ModelSettings, settings: Settings, device: 
     model_class = get_model(name)
     load_dtype = resolve_dtype(dtype, device)
     gradients = model.gradients
-    if gradients is None:
+    if model.remote is not None:
+        if not issubclass(model_class, Judge):
+            raise ValueError(f"models.{name}.remote: {name} is no judge, it asks no chat model")
+        gradients = False
+    elif gradients is None:
         gradients = load_dtype == torch.float32 or model_class.info.weights_bytes <= GRADIENT_COPY_BYTES
     # On a CPU a large batch is worth its padding only where small ones give the same bits and need none.
     default = 32 if device.type == "cuda" or reduction_order().endswith("STRICT") else 8
     default = min(default, model_class.max_batch or default)
     if device.type == "cpu":
         default = min(default, model_class.cpu_batch or default)
+    if model.remote is not None:
+        default = min(model.remote.concurrency, model_class.max_batch or model.remote.concurrency)
+    chat = RemoteChat(model.remote) if model.remote is not None else None
     return WorkerOptions(
         name=name,
-        load=LoadOptions(device, load_dtype, model.weights, model.options, settings.weights_dir, model.sha256),
+        load=LoadOptions(device, load_dtype, model.weights, model.options, settings.weights_dir, model.sha256, chat),
         micro_batch=model.micro_batch or settings.micro_batch or default,
         invariance=settings.invariance,
         compile=compile,
         watchdog_s=model.watchdog_s or settings.watchdog_s,
         gradients=gradients,
-        token_budget=model.token_budget or (32_768 if device.type == "cuda" else 4096),
+        token_budget=model.token_budget or _token_budget(model, device),
     )
+
+
+def _token_budget(model: ModelSettings, device: torch.device) -> int:
+    """Of a judge's batch. One behind a server gets enough turns for all its requests at the same time."""
+    if model.remote is not None:
+        return 4096 * model.remote.concurrency
+    return 32_768 if device.type == "cuda" else 4096

@@ -18,21 +18,13 @@ import torch
 from PIL import Image
 
 import models.catalog  # noqa: F401
-from models.base import (
-    Candidate,
-    LoadOptions,
-    Output,
-    RewardModel,
-    Sample,
-)
+from models.base import Candidate, LoadOptions, Output, RewardModel, Sample
 from models.registry import get_info, get_model, list_models, load_model
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 from tests.service.live import Live, command, environment, running
 from trainer_client import Item, RewardClient
 
-NAMES = [name for name in list_models() if get_info(name).sources]
+NAMES = [name for name in list_models() if get_info(name).sources and get_info(name).kind == "pointwise"]
 DIFFERENTIABLE = [name for name in NAMES if get_info(name).differentiable]
 IMAGES = Path(__file__).parents[1] / "fixtures" / "pointwise" / "images"
 PROMPT = 'a cat beside a sign that says "OPEN"'

@@ -11,17 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.base import (
-    Candidate,
-    LoadOptions,
-    Output,
-    Sample,
-)
+from models.base import Candidate, LoadOptions, Output, Sample
 from models.parity_recipe import build, write_checkpoint
 from models.registry import load_model
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "pointwise"
 IMAGES = sorted((FIXTURES / "images").glob("*.png"))

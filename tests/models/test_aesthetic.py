@@ -12,17 +12,10 @@ import models.catalog  # noqa: F401
 from models.aesthetic import HEAD, Aesthetic
 from models.backbones.clip import ClipTowers
 from models.backbones.mlp import ScoreMLP
-from models.base import (
-    Candidate,
-    Output,
-    Sample,
-    WeightsError,
-)
+from models.base import Candidate, Output, Sample, WeightsError
 from models.clip_score import ClipScore
 from models.parity_recipe import write_checkpoint
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 from service.engine.request import Made
 from service.settings import ModelSettings, Settings
 from tests.models.clip_checkpoints import (

@@ -7,15 +7,10 @@ import torch
 from PIL import Image
 
 import models.catalog  # noqa: F401
-from models.base import (
-    LoadOptions,
-    WeightsError,
-)
+from models.base import LoadOptions, WeightsError
 from models.clip_score import SOURCES, ClipScore
 from models.registry import load_model
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 from tests.models.clip_checkpoints import (
     IMAGES,
     checkpoint,

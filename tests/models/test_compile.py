@@ -22,19 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import models.catalog  # noqa: F401
-from models.base import (
-    LoadOptions,
-    RewardModel,
-)
+from models.base import LoadOptions, RewardModel
 from models.registry import get_info, get_model, list_models, load_model
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 from models.weights import file_sha256
 
 IMAGES = Path(__file__).parents[1] / "fixtures" / "pointwise" / "images"
 CUDA = torch.device("cuda:0")
-NAMES = list_models()
+NAMES = [name for name in list_models() if get_info(name).kind == "pointwise"]
 TOWERS = [name for name in NAMES if issubclass(get_model(name), TowerReward)]
 ON_DEVICE = [name for name in NAMES if get_model(name).uses_device]
 INLINED_BYTES = 0

@@ -7,13 +7,9 @@ import torch
 from PIL import Image
 
 import models.catalog  # noqa: F401
-from models.base import (
-    WeightsError,
-)
+from models.base import WeightsError
 from models.hpsv2 import HPSv2, HPSv21
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 from tests.models.clip_checkpoints import (
     IMAGES,
     checkpoint,

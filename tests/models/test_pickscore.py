@@ -8,19 +8,11 @@ import torch
 from PIL import Image
 
 import models.catalog  # noqa: F401
-from models.base import (
-    Candidate,
-    LoadOptions,
-    Sample,
-    UnsupportedInput,
-    WeightsError,
-)
+from models.base import Candidate, LoadOptions, Sample, UnsupportedInput, WeightsError
 from models.pickscore import PickScore
 from models.preprocessing import clip_preprocess
 from models.registry import get_info, load_model
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 from tests.models.clip_checkpoints import (
     IMAGES,
     checkpoint,

@@ -31,11 +31,9 @@ from models.base import (
     UnsupportedInput,
     WeightsError,
 )
+from models.judge import Judge
 from models.registry import get_info, get_model, list_models, load_model, register
-from models.towers import (
-    TowerInput,
-    TowerReward,
-)
+from models.towers import TowerInput, TowerReward
 
 IMAGES = Path(__file__).parents[1] / "fixtures" / "pointwise" / "images"
 PROMPTS = (
@@ -45,8 +43,13 @@ PROMPTS = (
     "a blue square left of a green triangle",
     "three yellow stars",
 )
-NAMES = [name for name in list_models(hidden=True) if get_model(name).__module__.startswith("models.")]
-"""Not the plugins that other tests' imports may have registered in this process."""
+NAMES = [
+    name
+    for name in list_models(hidden=True)
+    if get_model(name).__module__.startswith("models.") and not issubclass(get_model(name), Judge)
+]
+"""Not the plugins that other tests' imports may have registered in this process, and not the judges, of which
+test_judge_contract.py asks what they promise."""
 BATCH = 4
 TINY_BYTES = 64 * 2**20
 SENSITIVITY = 0.02

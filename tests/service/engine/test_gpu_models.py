@@ -15,17 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 import models.catalog  # noqa: F401
-from models.base import (
-    Candidate,
-    LoadOptions,
-    Output,
-    Sample,
-)
+from models.base import Candidate, LoadOptions, Output, Sample
 from models.preprocessing import to_float_tensor
 from models.registry import get_info, get_model, list_models
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 from service.engine.batcher import Batcher, GradientResult
 from service.engine.features import FeatureCache
 from service.engine.request import Made
@@ -41,7 +34,7 @@ pytestmark = [
 ]
 
 IMAGES = Path(__file__).parents[2] / "fixtures" / "pointwise" / "images"
-PUBLISHED = [name for name in list_models() if get_info(name).sources]
+PUBLISHED = [name for name in list_models() if get_info(name).sources and get_info(name).kind == "pointwise"]
 TOWERS = [name for name in PUBLISHED if issubclass(get_model(name), TowerReward)]
 DIFFERENTIABLE = [name for name in TOWERS if get_info(name).differentiable]
 CPU = torch.device("cpu")

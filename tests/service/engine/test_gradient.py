@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import (
-    LoadOptions,
-    Output,
-)
-from models.towers import (
-    TowerInput,
-)
+from models.base import LoadOptions, Output
+from models.towers import TowerInput
 from service.engine.batcher import GradientResult
 from service.engine.gradient import TowerGradient
 from tests.service.engine import tiny

@@ -15,18 +15,9 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from models import registry
-from models.base import (
-    Candidate,
-    InputError,
-    Output,
-    RewardInfo,
-    Sample,
-)
+from models.base import Candidate, InputError, Output, RewardInfo, Sample
 from models.preprocessing import to_uint8_tensor
-from models.towers import (
-    HeadOutput,
-    TowerInput,
-)
+from models.towers import HeadOutput, TowerInput
 from service.engine.batcher import GradientResult
 from service.engine.worker import TensorSample, Worker
 from tests.service.engine import tiny

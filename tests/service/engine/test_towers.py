@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import registry
-from models.base import (
-    Output,
-    Sample,
-    SampleError,
-)
-from models.towers import (
-    TowerInput,
-)
+from models.base import Output, Sample, SampleError
+from models.towers import TowerInput
 from service.engine.batcher import GradientResult
 from service.engine.features import ENTRY_BYTES, FeatureCache
 from service.engine.gradient import TowerGradient
