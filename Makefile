@@ -6,7 +6,7 @@ PORT ?= 8000
 FIXTURES ?= tests/fixtures
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check format test test-full demo serve bench bench-models bench-wait bench-rl hacking-demo parity shapes-weights policy-weights k8s-check clean
+.PHONY: help install check format test test-full demo serve bench bench-models bench-wait bench-rl hacking-demo parity shapes-weights judge-weights policy-weights k8s-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -60,6 +60,9 @@ parity: $(STAMP)  ## put a folder of oracle numbers through the product (FIXTURE
 
 shapes-weights: $(STAMP)  ## train shapes-clip again (deterministic, under 45 minutes on 2 cores)
 	$(BIN)/python -m models.shapes.train_clip
+
+judge-weights: $(STAMP)  ## train shapes-judge again (deterministic, under 90 minutes on 2 cores)
+	$(BIN)/python -m models.shapes.train_judge
 
 policy-weights: $(STAMP)  ## train the shapes policy again (deterministic, under 90 minutes on 2 cores; resumes)
 	$(BIN)/python -m pip install --quiet --editable '.[policy]'
