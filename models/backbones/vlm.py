@@ -208,7 +208,9 @@ class LocalChat:
             "position_ids": positions.transpose(0, 1) if positions.shape[1] == 3 else positions[:, 0]
         }
         if seen is not None:
-            given["attention_mask"] = seen[:, None, None]
+            # Additive: every implementation of attention reads it so.
+            hidden = torch.zeros_like(seen, dtype=embeddings_BLD.dtype)
+            given["attention_mask"] = hidden.masked_fill(~seen, torch.finfo(hidden.dtype).min)[:, None, None]
         if visual is not None and self._deep and visual[1].numel():
             given["visual_pos_masks"], given["deepstack_visual_embeds"] = visual[0], list(visual[1].unbind(0))
         out = self.model.model.language_model(

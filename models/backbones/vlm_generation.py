@@ -38,7 +38,9 @@ def generate(chat: LocalChat, turns: Sequence[LocalTurn], how: Generation) -> li
     rows = [_Row(turn, _generator(turn, how, k)) for turn in turns for k in range(how.samples)]
     features = chat.features(turns) if chat.share_features else {}
     prefixes: dict[Hashable, Tensor] = {}
-    for places in chat.rows_of([row.turn for row in rows]):
+    for group, places in enumerate(chat.rows_of([row.turn for row in rows])):
+        if group:
+            chat.on_step()
         chosen = [rows[place] for place in places]
         own = features if chat.share_features else chat.features([row.turn for row in chosen])
         prefixes = chat.prefixes([row.turn for row in chosen], own, prefixes)

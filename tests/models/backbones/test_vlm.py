@@ -98,14 +98,15 @@ def test_an_answer_does_not_depend_on_its_neighbours(family: Family, dtype: torc
 
 @pytest.mark.parametrize("family", NAMES)
 def test_bfloat16_is_near_float32(family: Family) -> None:
+    """Measured on these random models: 0.004 (Qwen2.5-VL) to 0.019 (InternVL) of a probability at most."""
     chat, _, _ = fresh(family, dtype=torch.bfloat16)
     turns = [question(i, j) for i in range(4) for j in range(4) if i != j]
     exact, plain = naive(family), naive(family, torch.bfloat16)
     full = table(exact.score([exact.prepare(turn) for turn in turns], WORDS)).softmax(-1)[:, 0]
     cached = table(chat.score([chat.prepare(turn) for turn in turns], WORDS)).softmax(-1)[:, 0]
     alone = table(plain.score([plain.prepare(turn) for turn in turns], WORDS)).softmax(-1)[:, 0]
-    assert float((cached - full).abs().max()) < 0.06
-    assert float((cached - alone).abs().max()) < 0.06
+    assert float((cached - full).abs().max()) < 0.04
+    assert float((cached - alone).abs().max()) < 0.04
 
 
 def test_logits_that_are_no_numbers_fail_their_own_turn_alone() -> None:

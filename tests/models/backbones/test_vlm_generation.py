@@ -54,6 +54,16 @@ def test_other_work_between_the_tokens_changes_nothing(family: Family) -> None:
     assert seen == [True] * 5
 
 
+def test_there_is_room_for_other_work_after_every_forward_but_the_last() -> None:
+    chat, features, prefixes = fresh("qwen2_vl")
+    steps: list[int] = []
+    chat.attach(features=features, prefixes=prefixes, rows=4, on_step=lambda: steps.append(1))
+    turns = [chat.prepare(question(0, 1)), chat.prepare(question(2, 3))]
+    assert chat.rows_of(turns) == [[0], [1]]
+    chat.generate(turns, Generation(6))
+    assert len(steps) == 5 + 1 + 5
+
+
 def test_sampled_answers_follow_their_seed_and_not_their_neighbours() -> None:
     chat, _, _ = fresh("qwen2_vl")
     how = Generation(8, temperature=1.0, samples=3, seed=5)

@@ -9,9 +9,9 @@ from torch import Tensor
 from models.backbones.vlm import LocalChat
 from models.backbones.vlm_gradient import twin_patches
 from models.backbones.vlm_loading import Family
-from models.base import Candidate, UnsupportedInput
+from models.base import Candidate, ModelError, UnsupportedInput
 from models.judge import Turn, WordScores
-from tests.models.backbones.vlm_chats import WORDS, candidates, fresh
+from tests.models.backbones.vlm_chats import WORDS, candidates, chat_of, fresh
 
 QWEN: tuple[Family, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TEXT = "Is image 2 better?"
@@ -82,16 +82,25 @@ def test_a_network_in_bfloat16_has_its_gradient_in_float32() -> None:
 
 @pytest.mark.parametrize("family", QWEN)
 def test_the_twin_of_the_preprocessing_sees_nearly_what_the_processor_sees(family: Family) -> None:
-    """The exact path rounds the resized image to 8 bits."""
-    chat, _, _ = fresh(family)
-    processor = chat.processor.image_processor
-    image = Image.merge("RGB", [Image.radial_gradient("L").rotate(turn).resize((120, 90)) for turn in (0, 30, 60)])
-    exact = processor(images=[image], return_tensors="pt")["pixel_values"]
-    twin = twin_patches(processor, tensor_of(image))
-    assert twin.shape == exact.shape
-    levels = (twin - exact).abs() * max(processor.image_std) * 255
-    assert float(levels.mean()) <= 0.35
-    assert float(levels.max()) <= 5  # where bicubic overshoots at a hard edge, the exact path clamps between its passes
+    """The exact path rounds the resized image to 8 bits, twice."""
+    processor = chat_of(family).processor.image_processor
+    smooth = Image.merge("RGB", [Image.radial_gradient("L").rotate(turn).resize((120, 90)) for turn in (0, 30, 60)])
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    for image in (smooth, noise):
+        exact = processor(images=[image], return_tensors="pt")["pixel_values"]
+        twin = twin_patches(processor, tensor_of(image))
+        assert twin.shape == exact.shape
+        levels = (twin - exact).abs() * max(processor.image_std) * 255
+        assert float(levels.mean()) <= 0.35
+        assert float(levels.max()) <= 1.2
+
+
+def test_pixels_that_are_no_numbers_are_an_error_and_no_gradient() -> None:
+    pixels = torch.rand(3, 56, 56)
+    pixels[1, 20, 30] = float("nan")
+    with pytest.raises(ModelError) as failed:
+        fresh("qwen2_vl")[0].score_gradient(Turn((candidates()[0], pixels, TEXT)), WORDS)
+    assert failed.value.code == "not_finite"
 
 
 def test_what_has_no_gradient_is_refused() -> None:

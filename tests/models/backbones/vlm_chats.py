@@ -87,7 +87,7 @@ def library_logits(chat: LocalChat, turn: Turn) -> Tensor:
 
 def library_inputs(chat: LocalChat, turn: Turn, pictures: list[Any]) -> Any:
     nested: Any = [pictures] if chat.model.config.model_type == "llava_onevision" else pictures
-    return chat.processor(text=[rendered(chat, turn)], images=nested, return_tensors="pt")
+    return chat.processor(text=[rendered(chat, turn)], images=nested if pictures else None, return_tensors="pt")
 
 
 def rendered(chat: LocalChat, turn: Turn) -> str:
