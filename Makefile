@@ -6,7 +6,7 @@ PORT ?= 8000
 FIXTURES ?= tests/fixtures
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check format test test-full demo serve bench bench-models bench-wait bench-rl hacking-demo parity shapes-weights judge-weights policy-weights k8s-check clean
+.PHONY: help install check format test test-full demo serve bench bench-models bench-judge bench-wait bench-rl hacking-demo parity shapes-weights judge-weights policy-weights k8s-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,6 +45,9 @@ bench: $(STAMP)  ## throughput over the offline limit, overload, exactness: rati
 
 bench-models: $(STAMP)  ## images per second of every reward model at its true size (random weights; half an hour)
 	$(BIN)/python -m benchmarks.reward_models $(ARGS)
+
+bench-judge: $(STAMP)  ## comparisons cached and adaptive, against one by one (a quiet machine; minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.judge $(ARGS)
 
 bench-wait: $(STAMP)  ## what a remote reward costs a training step (minutes)
 	$(BIN)/python -m benchmarks.training.reward_wait $(ARGS)

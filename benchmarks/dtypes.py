@@ -12,13 +12,9 @@ from benchmarks import limit, samples
 from benchmarks.http_throughput import Bench
 from benchmarks.measures import kendall_tau, ratio, top1_agreement
 from benchmarks.plan import Row
-from models.base import (
-    LoadOptions,
-)
+from models.base import LoadOptions
 from models.registry import list_models, load_model
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 
 SECTION = "dtype and compilation on this device"
 

@@ -26,9 +26,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from benchmarks import samples
-from models.towers import (
-    TowerReward,
-)
+from models.towers import TowerReward
 
 T = TypeVar("T")
 Strategy = Literal["in turn", "overlapped", "lanes"]

@@ -6,6 +6,7 @@ judge's; what was measured of it is in the JSON file beside the folder.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -58,7 +59,7 @@ class ShapesJudge(ChatJudge):
         options=("mode", *COMMON_OPTIONS, *WRITING_OPTIONS),
     )
     writes: ClassVar[bool] = False
-    max_tokens: ClassVar[int] = 160
+    max_tokens: ClassVar[int] = 240
     _read = staticmethod(pair_reader(parse_think))
 
     def __init__(self, options: LoadOptions) -> None:
@@ -80,7 +81,8 @@ class ShapesJudge(ChatJudge):
                 f"no weights of shapes-judge at {folder}: python -m models.shapes.train_judge builds them; "
                 "models.shapes-judge.weights names another folder"
             )
-        return LocalChat.load(folder, options)
+        # It is so small that bfloat16 saves nothing, and so unsure where both are near that it would show.
+        return LocalChat.load(folder, replace(options, dtype=torch.float32))
 
     @classmethod
     def random_checkpoint(cls, folder: Path, size: CheckpointSize = "tiny") -> LoadOptions:

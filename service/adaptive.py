@@ -40,7 +40,7 @@ GIVEN_UP_AFTER = 4
 
 
 def default_budget(count: int) -> int:
-    """How many comparisons an adaptive tournament of ``count`` candidates asks: O(N log N), at most both orders of all."""
+    """Comparisons of an adaptive tournament of ``count`` candidates: O(N log N), at most both orders of all pairs."""
     return min(count * (count - 1), math.ceil(COMPARISONS_PER_BIT * count * math.log2(max(count, 2))))
 
 
@@ -126,7 +126,8 @@ def _state(judged: Sequence[JudgedComparison], count: int) -> _State:
     found = bradley_terry_with_position(ordered)
     values = np.array([*(value or 0.0 for value in found.fit.strength), found.position or 0.0])
     precision = np.array([*[PRIOR_STD**-2] * count, POSITION_PRIOR_STD**-2])
-    return _State(values, np.linalg.inv(information(values, weight, precision)), asked)
+    covariance = np.asarray(np.linalg.inv(information(values, weight, precision)), dtype=np.float64)
+    return _State(values, covariance, asked)
 
 
 def _gains(state: _State, covariance: Floats) -> Floats:

@@ -156,6 +156,8 @@ def compare(
     images: Images,
     prompt: Prompt,
     model: Annotated[str, typer.Option(help="any reward model")],
+    explain: Annotated[bool, typer.Option(help="print each comparison, with the words of a judge that writes")] = False,
+    adaptive: Annotated[bool, typer.Option(help="ask a judge only the pairs that tell most, not all")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
@@ -163,7 +165,8 @@ def compare(
     """Compare images pairwise and print the ranking with Bradley-Terry strengths."""
     with _client(url, key) as client, progress.status("comparing"):
         item = {"prompt": prompt, "images": [_encode(path) for path in images]}
-        answer = _post(client, "/compare", {"model": model, "items": [item]})
+        item["pairs"] = "adaptive" if adaptive else "all"
+        answer = _post(client, "/compare", {"model": model, "items": [item], "explain": explain})
     if as_json:
         console.print_json(json.dumps(answer))
         return
@@ -173,6 +176,22 @@ def compare(
         numbers = [_number(result[name][i]) for name in ("win_rate", "strength", "strength_stderr")]
         table.add_row(str(rank), Text(images[i].name), *numbers, _notes(result, i))
     console.print(table)
+    _print_comparisons(result["comparisons"], images, explain)
+
+
+def _print_comparisons(comparisons: Sequence[dict[str, Any]], images: Sequence[Path], explain: bool) -> None:
+    """Each comparison where they are asked for, else those that failed: a ranking without them is another one."""
+    for comparison in comparisons:
+        if not explain and comparison["error"] is None:
+            continue
+        pair = f"{images[comparison['i']].name} or {images[comparison['j']].name}"
+        error = comparison["error"]
+        verdict = (
+            f"P(first) {comparison['probability']:.3f}" if error is None else f"{error['code']}: {error['message']}"
+        )
+        console.print(Text(f"{pair}: {verdict}", style="bold" if error is None else "red"))
+        for text in comparison["text"] or ():
+            console.print(Text(text), soft_wrap=True)
 
 
 @app.command()

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.Image import Transpose
 
+from models.base import InputError
 from service.image_headers import (
     CorruptImage,
     DataUrlRefused,
@@ -186,6 +187,24 @@ def from_array(array: NDArray[Any], limits: ImageLimits | None = None) -> Decode
     pixels = np.ascontiguousarray(array)
     image = Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
     return DecodedImage(image, _digest((width, height), pixels.data))
+
+
+def checked_pixels(array: NDArray[Any], limits: ImageLimits) -> NDArray[np.float32]:
+    """A copy of float32 [3, H, W] pixels in [0, 1]; raises InputError for anything else."""
+    if array.dtype != np.float32 or array.ndim != 3 or array.shape[0] != 3:
+        raise InputError("a gradient wants float32 pixels of shape [3, H, W]", code="invalid_image_array")
+    limits.check_size(array.shape[2], array.shape[1])
+    if not np.isfinite(array).all():
+        raise InputError("the pixels hold numbers that are not finite", code="pixels_not_finite")
+    if array.min() < 0 or array.max() > 1:
+        raise InputError("the pixels are not within [0, 1]", code="pixels_out_of_range")
+    return np.array(array, dtype=np.float32)
+
+
+def from_pixels(array: NDArray[Any], limits: ImageLimits) -> DecodedImage:
+    """An image that came as float32 [3, H, W] pixels in [0, 1], rounded to 8 bits; raises InputError."""
+    rounded = np.rint(checked_pixels(array, limits).transpose(1, 2, 0) * 255).astype(np.uint8)
+    return from_array(rounded, limits)
 
 
 def _digest(size: tuple[int, int], pixels: bytes | memoryview) -> str:

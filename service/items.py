@@ -15,7 +15,7 @@ from models.base import Candidate, Context, InputError, Sample, SampleError
 from models.judge import Comparison
 from service.engine.request import Made, Maker
 from service.errors import InvalidRequest
-from service.images import DecodedImage, ImageLimits, decode_base64, decode_image, from_array
+from service.images import DecodedImage, ImageLimits, decode_base64, decode_image, from_array, from_pixels
 from service.schemas import CandidateIn, ContextIn, ItemIn
 from service.settings import LimitSettings
 from service.wire import ImageSource, Incoming
@@ -102,13 +102,13 @@ class Group:
         """Makes one comparison; raises InputError ("identical_candidates") where both show the same."""
 
         def make() -> Made:
-            (one, warnings), (other, more) = self.candidates[first](), self.candidates[second]()
+            (one, _), (other, _) = self.candidates[first](), self.candidates[second]()
             if one.digest == other.digest:
                 raise InputError(
                     "the two candidates are identical: there is no better one", code="identical_candidates"
                 )
             context = self.context() if self.context is not None else None
-            return Made(Comparison(self.prompt, one, other, context, self.metadata), warnings + more)
+            return Made(Comparison(self.prompt, one, other, context, self.metadata))
 
         return make
 
@@ -121,6 +121,11 @@ class Group:
             return Made(Sample(self.prompt, candidate, context, self.metadata), warnings)
 
         return make
+
+    def warnings(self, index: int) -> tuple[str, ...]:
+        """What the caller should know of a candidate's image, once it is decoded."""
+        decoded = self.candidates[index].result
+        return () if decoded is None else decoded[1]
 
     def unreadable(self, index: int) -> SampleError | None:
         """Why a candidate could not be decoded; None for one that could, or was not asked for."""
@@ -136,13 +141,13 @@ def groups(incoming: Incoming, items: Sequence[ItemIn], limits: ImageLimits) -> 
 def _group(incoming: Incoming, item: ItemIn, limits: ImageLimits) -> Group:
     listed = item.all_candidates()
     both = [*listed, *([item.reference] if item.reference is not None else [])]
-    context = None if item.context is None else Once(_context(incoming, item.context, limits))
+    context = None if item.context is None else Once(context_maker(incoming, item.context, limits))
     candidates = [Once(_candidate(incoming, candidate, limits)) for candidate in both]
     return Group(item.prompt, candidates, context, item.metadata, len(listed))
 
 
 def _item_makers(incoming: Incoming, item: ItemIn, limits: ImageLimits, *, with_context: bool) -> list[Maker]:
-    context = Once(_context(incoming, item.context, limits)) if with_context and item.context is not None else None
+    context = Once(context_maker(incoming, item.context, limits)) if with_context and item.context is not None else None
 
     def maker(candidate: Callable[[], Decoded]) -> Maker:
         def make() -> Made:
@@ -175,7 +180,22 @@ def _candidate(incoming: Incoming, candidate: CandidateIn, limits: ImageLimits) 
     return video
 
 
-def _context(incoming: Incoming, context: ContextIn, limits: ImageLimits) -> Callable[[], Context]:
+def reference_maker(incoming: Incoming, reference: CandidateIn, limits: ImageLimits) -> Callable[[], Candidate]:
+    """Decodes the reference of a gradient request, whose image may come as float32 pixels in [0, 1]."""
+    source = None if reference.image is None else incoming.source(reference.image)
+    decoder = _candidate(incoming, reference, limits)
+
+    def make() -> Candidate:
+        if isinstance(source, np.ndarray) and source.dtype == np.float32:
+            decoded = from_pixels(source, limits)
+            return Candidate(image=decoded.image, digest=decoded.digest)
+        return decoder()[0]
+
+    return make
+
+
+def context_maker(incoming: Incoming, context: ContextIn, limits: ImageLimits) -> Callable[[], Context]:
+    """Decodes a context; unknown tensor names raise InvalidRequest now, bad images later."""
     image = None if context.image is None else incoming.source(context.image)
     mask = None if context.mask is None else incoming.source(context.mask)
     frames = [incoming.source(frame) for frame in context.frames or []]
@@ -204,6 +224,11 @@ class Once(Generic[T]):
         self._lock = threading.Lock()
         self._result: list[T] = []
         self._error: Exception | None = None
+
+    @property
+    def result(self) -> T | None:
+        """What the function gave; None before it did."""
+        return self._result[0] if self._result else None
 
     @property
     def error(self) -> Exception | None:

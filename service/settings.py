@@ -193,7 +193,9 @@ class CacheSettings(Section):
     """Feature caches, bounded in bytes; 0 turns one off."""
 
     text_features_bytes: int = Field(64 << 20, ge=0)
-    image_features_bytes: int = Field(64 << 20, ge=0)
+    image_features_bytes: int = Field(
+        256 << 20, ge=0, description="a judge wants all images of an item: of one of 7B some 7 MiB each"
+    )
     prefix_bytes: int = Field(
         256 << 20, ge=0, description="keys and values of beginnings that a judge's comparisons share"
     )
@@ -315,6 +317,14 @@ class Settings(BaseSettings):
     def _compute_models_are_loaded(self) -> Settings:
         if absent := sorted(set(self.compute.models) - set(self.models)):
             raise ValueError(f"compute.models names {absent[0]!r}, which is not in models")
+        return self
+
+    @model_validator(mode="after")
+    def _references_are_chosen_by_other_loaded_models(self) -> Settings:
+        for name, model in self.models.items():
+            by = model.reference.removeprefix("best:")
+            if model.reference.startswith("best:") and (by == name or by not in self.models):
+                raise ValueError(f"models.{name}.reference names {by!r}, which is not another one of models")
         return self
 
     @classmethod

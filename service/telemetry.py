@@ -96,6 +96,9 @@ class Telemetry:
         )
         self.cache = Counter("reward_feature_cache", "feature look-ups", ["tower", "result"], registry=registry)
         self.cache_bytes = Gauge("reward_feature_cache_bytes", "bytes held", ["tower"], registry=registry)
+        self.judge_tokens = Counter(
+            "reward_judge_tokens", "tokens of the questions that judges were asked", ["model"], registry=registry
+        )
         self.ready = Gauge("reward_ready", "1 when the last readiness check passed", registry=registry)
         self.inflight_bytes = Gauge("reward_inflight_bytes", "request bytes held", registry=registry)
         self.warmup = Gauge("reward_warmup_seconds", "time to load and warm a model", ["model"], registry=registry)

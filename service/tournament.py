@@ -1,11 +1,9 @@
-"""Tournaments of a group: which pairs to ask, both orders -> preference, preferences -> strengths with error bars.
+"""Tournaments of a group: which pairs to ask, both orders -> preference, comparisons -> the whole result.
 
 Pure functions; nothing here knows of models or HTTP. Notation: a *comparison* is one ordered question (candidate
 ``first`` is shown first); a *preference* ``P[i][j]`` is the probability that candidate i is preferred to candidate j,
-with ``P[i][j] + P[j][i] = 1`` and None where nobody asked or nobody answered.
-
-Strengths are in logits: sigmoid(strength_i - strength_j) is the preference that they explain. They say something only
-within a connected component of judged pairs, and sum to zero in each.
+with ``P[i][j] + P[j][i] = 1`` and None where nobody asked or nobody answered. ``service.bradley_terry`` has the fit
+of strengths, ``service.adaptive`` a schedule that asks few of the pairs.
 """
 
 from __future__ import annotations
@@ -15,18 +13,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.sparse.csgraph import connected_components
-from scipy.special import expit, log_expit
+from scipy.special import expit, logit
+
+from service.bradley_terry import (
+    PRIOR_STD,
+    BradleyTerry,
+    Matrix,
+    bradley_terry,
+    bradley_terry_with_position,
+    negative_log_posterior,
+)
 
 Pair = tuple[int, int]
-Matrix = list[list[float | None]]
-Floats = NDArray[np.float64]
 
-PRIOR_STD = 10.0
-"""Standard deviation, in logits, of the Gaussian prior on strengths. A perfectly separated group would have infinite
-strengths without one. At 10 it adds 0.01 to the information of a strength, where one even comparison adds 0.25."""
+__all__ = [
+    "PRIOR_STD", "BradleyTerry", "CompareResult", "DuplicatePair", "JudgedComparison", "Matrix", "Pair", "PairError",
+    "PairOutOfRange", "PairWithItself", "all_pairs", "bradley_terry", "compare_by_judge", "compare_by_scores",
+    "negative_log_posterior", "preference_from_orders", "probability_matrix", "ranking", "strengths_from_scores",
+    "validate_pairs", "win_rate",
+]  # fmt: skip
 
 
 class PairError(ValueError):
@@ -69,24 +74,13 @@ class JudgedComparison:
 
 
 @dataclass(frozen=True)
-class BradleyTerry:
-    """A fit: per candidate ``strength`` and its standard error ``stderr`` in logits, None for one never judged.
-
-    ``components`` lists the groups of candidates whose strengths can be compared, each in ascending order.
-    """
-
-    strength: list[float | None]
-    stderr: list[float | None]
-    components: list[list[int]]
-
-
-@dataclass(frozen=True)
 class CompareResult:
     """All that ``POST /compare`` says of one item's N candidates.
 
     ``probabilities``: N x N preferences. ``win_rate``: mean preference over the judged opponents. ``strength`` in
     logits, sum zero in each of ``components``; ``strength_stderr`` is None for pointwise models. ``ranking``: indices,
-    best first, those without a strength last.
+    best first, those without a strength last. ``position``: by how many logits the judge favours what it sees first,
+    and its standard error; None where it was not fitted.
     """
 
     probabilities: Matrix
@@ -96,6 +90,8 @@ class CompareResult:
     ranking: list[int]
     components: list[list[int]]
     comparisons: list[JudgedComparison]
+    position: float | None = None
+    position_stderr: float | None = None
 
 
 def all_pairs(count: int) -> list[Pair]:
@@ -205,13 +201,41 @@ def _score_preference(strength_i: float | None, strength_j: float | None) -> tup
     return float(expit(strength_i - strength_j)), None
 
 
-def compare_by_judge(comparisons: Sequence[JudgedComparison], count: int) -> CompareResult:
+def compare_by_judge(comparisons: Sequence[JudgedComparison], count: int, *, position: bool = False) -> CompareResult:
     """The tournament of a pairwise model from its comparisons of ``count`` candidates, in any order.
 
     A pair judged in both orders has their mean; a pair of which one order failed has the other alone. Every answered
-    comparison counts as one judgement in the fit. Raises :class:`PairError` for an impossible or repeated comparison
-    and ValueError for a probability outside [0, 1].
+    comparison counts as one judgement in the fit. With ``position`` the fit has a term for the place in which a
+    candidate is shown, and the preference of a pair that was judged in one order only is what the judge would have said
+    without it: for tournaments in which most pairs are asked in one order. Raises :class:`PairError` for an impossible
+    or repeated comparison and ValueError for a probability outside [0, 1].
     """
+    answers = _answers(comparisons, count)
+    ordered: Matrix = [[answers.get((i, j)) for j in range(count)] for i in range(count)]
+    if position:
+        with_position = bradley_terry_with_position(ordered)
+        fit, bias, bias_stderr = with_position.fit, with_position.position, with_position.position_stderr
+        probabilities = _preferences(answers, count, bias or 0.0)
+    else:
+        probabilities = _preferences(answers, count, 0.0)
+        judged = np.array([[(i, j) in answers for j in range(count)] for i in range(count)], dtype=np.float64)
+        judged = judged.reshape(count, count)
+        fit, bias, bias_stderr = bradley_terry(probabilities, judged + judged.T), None, None
+    return CompareResult(
+        probabilities=probabilities,
+        win_rate=win_rate(probabilities),
+        strength=fit.strength,
+        strength_stderr=fit.stderr,
+        ranking=ranking(fit.strength),
+        components=fit.components,
+        comparisons=list(comparisons),
+        position=bias,
+        position_stderr=bias_stderr,
+    )
+
+
+def _answers(comparisons: Sequence[JudgedComparison], count: int) -> dict[Pair, float]:
+    """{(first, second): probability} of those that were answered."""
     answers: dict[Pair, float] = {}
     asked: set[Pair] = set()
     for comparison in comparisons:
@@ -222,120 +246,20 @@ def compare_by_judge(comparisons: Sequence[JudgedComparison], count: int) -> Com
         asked.add(order)
         if comparison.probability is not None:
             answers[order] = _check_probability(comparison.probability)
+    return answers
+
+
+def _preferences(answers: Mapping[Pair, float], count: int, position: float) -> Matrix:
+    """Both orders averaged; what was judged in one order only is freed of ``position`` logits for the first place."""
     preferences: dict[Pair, float] = {}
-    weights = np.zeros((count, count))
     for i, j in answers:
-        weights[[i, j], [j, i]] += 1
-        if (j, i) not in preferences:
-            both = (j, i) in answers
-            preferences[i, j] = preference_from_orders(answers[i, j], answers[j, i]) if both else answers[i, j]
-    probabilities = probability_matrix(preferences, count)
-    fit = bradley_terry(probabilities, weights)
-    return CompareResult(
-        probabilities=probabilities,
-        win_rate=win_rate(probabilities),
-        strength=fit.strength,
-        strength_stderr=fit.stderr,
-        ranking=ranking(fit.strength),
-        components=fit.components,
-        comparisons=list(comparisons),
-    )
-
-
-def bradley_terry(
-    probabilities: Matrix, weights: Floats | None = None, *, prior_std: float = PRIOR_STD
-) -> BradleyTerry:
-    """Fit strengths to N x N preferences, fractional and missing ones included.
-
-    Maximises sum_{i<j} w_ij [P_ij log sigmoid(d_ij) + P_ji log sigmoid(-d_ij)] - sum_i strength_i^2 / (2 prior_std^2)
-    with d_ij = strength_i - strength_j (Bradley and Terry 1952; Hunter 2004), under sum zero in each component.
-    ``weights`` [N, N], symmetric and not negative, is how many independent judgements each preference stands for
-    (default 1); weight 0 is the same as None. The standard errors are the square roots of the diagonal of the inverse
-    observed information (prior included) on the sum-zero subspace: they are as right as those weights are.
-    A candidate that was never judged has no strength and is in no component. Raises ValueError for a matrix that is
-    not one of preferences, and RuntimeError if the optimiser fails, which a strictly concave likelihood rules out.
-    """
-    preference, weight = _check_matrix(probabilities, weights)
-    if not (prior_std > 0 and math.isfinite(prior_std)):
-        raise ValueError(f"the prior's standard deviation is positive and finite, not {prior_std}")
-    count = len(preference)
-    strength: list[float | None] = [None] * count
-    stderr: list[float | None] = [None] * count
-    components: list[list[int]] = []
-    number, labels = connected_components(weight > 0, directed=False) if count else (0, np.zeros(0))
-    for label in range(number):
-        members = np.flatnonzero(labels == label)
-        if len(members) == 1:
+        if (j, i) in preferences:
             continue
-        block = np.ix_(members, members)
-        values, errors = _fit_component(preference[block], weight[block], prior_std**-2)
-        components.append(members.tolist())
-        for member, value, error in zip(members.tolist(), values.tolist(), errors.tolist(), strict=True):
-            strength[member], stderr[member] = value, error
-    return BradleyTerry(strength, stderr, components)
-
-
-def negative_log_posterior(strength: Floats, preference: Floats, weight: Floats, precision: float) -> float:
-    """What :func:`bradley_terry` minimises; ``strength`` [n], ``preference`` and ``weight`` [n, n], 0 if unjudged."""
-    difference = strength[:, None] - strength[None, :]
-    likelihood = (weight * preference * log_expit(difference)).sum()  # (i, j) and (j, i) are the two halves of a pair
-    return float(precision * (strength**2).sum() / 2 - likelihood)
-
-
-def _gradient(strength: Floats, preference: Floats, weight: Floats, precision: float) -> Floats:
-    surprise = weight * (preference - expit(strength[:, None] - strength[None, :]))
-    return np.asarray(precision * strength - surprise.sum(axis=1))
-
-
-def _hessian(strength: Floats, preference: Floats, weight: Floats, precision: float) -> Floats:
-    """The observed information: the Laplacian of the graph with edge weights w p (1 - p), and the prior's precision."""
-    difference = strength[:, None] - strength[None, :]
-    edges = weight * expit(difference) * expit(-difference)
-    return np.asarray(np.diag(edges.sum(axis=1) + precision) - edges)
-
-
-def _fit_component(preference: Floats, weight: Floats, precision: float) -> tuple[Floats, Floats]:
-    """Strengths [n] with sum zero and their standard errors [n] of one connected component."""
-    count = len(preference)
-    data = (preference, weight, precision)
-    options = {"gtol": 1e-9 * max(1.0, float(weight.max()))}
-    fit = minimize(
-        negative_log_posterior, np.zeros(count), data, "trust-exact", _gradient, hess=_hessian, options=options
-    )
-    # One more Newton step: the optimiser stops at a gradient that is small beside the largest weight, not the smallest.
-    strength = fit.x - np.linalg.solve(_hessian(fit.x, *data), _gradient(fit.x, *data))
-    strength -= strength.mean()
-    slope = float(np.abs(_gradient(strength, *data)).max())
-    if not slope <= 1e-6 * max(1.0, float(weight.max())):
-        raise RuntimeError(f"the Bradley-Terry fit of {count} candidates did not converge: gradient {slope:.2e}")
-    # All strengths moved together change no preference. Along that direction, 1/sqrt(n), the gauge fixes them: put a
-    # 1 there to invert the information, and take it away again.
-    along = np.full((count, count), 1.0 / count)
-    information = _hessian(strength, *data) - precision * along
-    covariance = np.linalg.inv(information + along) - along
-    return strength, np.sqrt(np.clip(np.diag(covariance), 0.0, None))
-
-
-def _check_matrix(probabilities: Matrix, weights: Floats | None) -> tuple[Floats, Floats]:
-    """Preferences and weights as arrays [N, N], both 0 where nothing was judged."""
-    count = len(probabilities)
-    if any(len(row) != count for row in probabilities):
-        raise ValueError(
-            f"preferences are a square matrix; {count} rows have {sorted({*map(len, probabilities)})} values"
-        )
-    preference = np.array(probabilities, dtype=np.float64).reshape(count, count)  # None becomes nan
-    judged = ~np.isnan(preference)
-    if (judged != judged.T).any() or judged.diagonal().any():
-        raise ValueError("a preference and its reverse are both given or both None, and the diagonal is None")
-    preference = np.where(judged, preference, 0.0)
-    if ((preference < 0) | (preference > 1)).any() or (np.abs(preference + preference.T - judged) > 1e-6).any():
-        raise ValueError("preferences are in [0, 1], and a preference and its reverse sum to 1")
-    weight = np.ones((count, count)) if weights is None else np.asarray(weights, dtype=np.float64)
-    if weight.shape != (count, count) or not np.isfinite(weight).all() or (weight < 0).any():
-        raise ValueError(f"weights are {count} x {count}, finite and not negative")
-    if (weight != weight.T).any():
-        raise ValueError("weights are symmetric")
-    return preference, np.where(judged, weight, 0.0)
+        if (j, i) in answers:
+            preferences[i, j] = preference_from_orders(answers[i, j], answers[j, i])
+        else:
+            preferences[i, j] = float(expit(logit(answers[i, j]) - position)) if position else answers[i, j]
+    return probability_matrix(preferences, count)
 
 
 def _check_probability(probability: float) -> float:

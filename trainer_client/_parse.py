@@ -154,7 +154,9 @@ def _comparisons(result: dict[str, Any], model: str, count: int, asked: Pairs, w
 
     errors = _notes(result, "errors", count, where, SampleFailure)
     listed = _list(_get(result, "comparisons", where), f"{where}.comparisons")
-    comparisons = [_comparison(c, model, count, f"{where}.comparisons[{n}]") for n, c in enumerate(listed)]
+    reference = result.get("reference")
+    shown = count if reference is None else count + 1  # the index after the last candidate is the item's reference
+    comparisons = [_comparison(c, model, shown, f"{where}.comparisons[{n}]") for n, c in enumerate(listed)]
     answered = {frozenset((c.i, c.j)) for c in comparisons}
     for i, j in asked or ():
         if not errors[i] and not errors[j] and frozenset((i, j)) not in answered:
@@ -174,6 +176,13 @@ def _comparisons(result: dict[str, Any], model: str, count: int, asked: Pairs, w
         strength=column("strength"),
         strength_stderr=column("strength_stderr"),
         ranking=ranking,
+        reference=None
+        if reference is None
+        else [
+            _nullable(p, f"{where}.reference", _probability)
+            for p in _sized(reference, count, "candidates", f"{where}.reference")
+        ],
+        position_bias=_nullable(result.get("position_bias"), f"{where}.position_bias", _number),
         comparisons=comparisons,
         errors=errors,
         warnings=_notes(result, "warnings", count, where, SampleWarning),

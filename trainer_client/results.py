@@ -145,7 +145,9 @@ class ItemComparisons(_Item):
 
     ``probabilities`` [N][N]: entry (i, j) is how likely i is preferred to j, None where not asked or failed.
     ``win_rate`` [N] in [0, 1]; ``strength`` and ``strength_stderr`` [N]: Bradley-Terry, in logits; ``ranking``
-    indices, best first; ``errors`` and ``warnings`` a list per candidate.
+    indices, best first; ``errors`` and ``warnings`` a list per candidate. Where the item has a reference,
+    ``reference`` [N] is how likely each candidate is preferred to it, and its comparisons name it by the index N.
+    ``position_bias``: by how much a judge prefers what it is shown first, 0 without bias; None where it is not known.
     """
 
     probabilities: list[list[float | None]]
@@ -156,6 +158,8 @@ class ItemComparisons(_Item):
     comparisons: list[ComparisonResult]
     errors: list[list[SampleFailure]]
     warnings: list[list[SampleWarning]]
+    reference: list[float | None] | None = None
+    position_bias: float | None = None
 
     def failures(self) -> list[tuple[str, SampleFailure]]:
         """Where ("candidate 2", "comparison (0, 2)") and why preferences are missing."""

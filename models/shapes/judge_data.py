@@ -78,7 +78,7 @@ class Examples:
     patches: Tensor
 
 
-VERDICT_WEIGHT = 8.0
+VERDICT_WEIGHT = 4.0
 """Of the tokens that give points or name the winner, against the others of an answer."""
 
 

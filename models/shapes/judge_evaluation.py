@@ -19,7 +19,7 @@ from models.shapes.prompts import TASKS
 from models.shapes.scenes import EVERYTHING, Split, random_prompt
 
 SEED = 77_000
-MAX_TOKENS = 160
+MAX_TOKENS = 240
 CHUNK = 50
 
 Image = PILImage.Image

@@ -28,7 +28,7 @@ _OTHER = (
 WORDS = tuple(dict.fromkeys([*_PLAIN, *(f" {word}" for word in _PLAIN), *_OTHER, *(f" {word}" for word in _OTHER[:10]),
                              *map(str, range(10)), *(f" {digit}" for digit in range(10))]))  # fmt: skip
 
-_LINE = re.compile(r"Image ([12]): (.*) (10|[0-9])/10")
+_LINE = re.compile(r"Image ([12]): ([^.]*)\. (.*)\. (10|[0-9])/10")
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 
 
@@ -38,11 +38,15 @@ def points(prompt: Prompt, found: Sequence[Found]) -> int:
 
 
 def reasons(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
-    """One line a picture: what of the prompt is found in it, what else is, and its points."""
+    """One line a picture: what stands where, what that means for the prompt, and its points.
+
+    What is seen comes first: whoever writes from left to right can then read the rest from it.
+    """
     lines = []
     for number, scene in enumerate(scenes, start=1):
         found = truth(scene)
-        lines.append(f"Image {number}: {explain(prompt, found)}. {points(prompt, found)}/{BEST}")
+        told = f"{describe(scene)} {explain(prompt, found)}. {points(prompt, found)}/{BEST}"
+        lines.append(f"Image {number}: {told}")
     return "\n".join(lines)
 
 
@@ -57,9 +61,11 @@ def think_answer(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
 
 
 def check_reasons(said: str, prompt: Prompt, scenes: tuple[Scene, Scene]) -> list[bool]:
-    """Whether each statement of the reasons is true of the scenes: every clause about a picture, and its points.
+    """Whether each statement of the reasons is true of the scenes: every object with its place, every clause about the
+    prompt, and the points.
 
-    A line that has not the form counts as one false statement, and so does a picture that no line is about.
+    One false statement more: for each picture whose objects are not all told, that no line is about, and for each line
+    that has not the form.
     """
     checks: list[bool] = []
     spoken: set[int] = set()
@@ -70,10 +76,14 @@ def check_reasons(said: str, prompt: Prompt, scenes: tuple[Scene, Scene]) -> lis
             continue
         number = int(match[1])
         spoken.add(number)
-        found = truth(scenes[number - 1])
-        true_clauses = explain(prompt, found).split("; ")
-        checks += [clause in true_clauses for clause in match[2].removesuffix(".").split("; ")]
-        checks.append(int(match[3]) == points(prompt, found))
+        scene = scenes[number - 1]
+        found = truth(scene)
+        seen, objects = match[2].split(", "), describe(scene).removesuffix(".").split(", ")
+        checks += [entry in objects for entry in seen]
+        checks += [False] * (len(set(seen)) < len(objects))
+        clauses = explain(prompt, found).split("; ")
+        checks += [clause in clauses for clause in match[3].split("; ")]
+        checks.append(int(match[4]) == points(prompt, found))
     return [*checks, *[False] * (2 - len(spoken))]
 
 

@@ -36,7 +36,7 @@ from models.shapes.judge_data import (
 from models.shapes.judge_evaluation import evaluate
 from models.shapes.preferences import TRAINING_SPLIT
 
-STEPS = 6000
+STEPS = 1800
 """What the stored weights were trained for."""
 
 
@@ -47,9 +47,9 @@ class JudgeConfig:
     seed: int = 50
     describing_share: float = 0.25
     describing_alone: int = 64
-    describing: int = 16
-    thinking: int = 16
-    answering: int = 24
+    describing: int = 12
+    thinking: int = 14
+    answering: int = 30
     muon_learning_rate: float = 0.004
     learning_rate: float = 0.0015
     weight_decay: float = 0.02

@@ -263,6 +263,8 @@ class Worker:
             self.last_success = time.monotonic()
         self._telemetry.batch.labels(self.name).observe(len(batch))
         self._telemetry.samples.labels(self.name, job).inc(len(batch))
+        if self.judges and job != "gradient":
+            self._telemetry.judge_tokens.labels(self.name).inc(sum(ticket.weight for ticket in batch))
         self.batcher.settle(batch, outcomes)
 
     def _bisect(self, job: Job, payloads: Sequence[Any]) -> list[Outcome]:

@@ -14,8 +14,9 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from models.base import Output, SampleError
+from models.base import Output, RewardModel, SampleError
 from models.judge import Judge
+from service import items, scoring
 from service.engine.batcher import GradientResult, Outcome
 from service.engine.engine import Engine
 from service.engine.request import SampleResult, Timing
@@ -23,7 +24,7 @@ from service.errors import ClientDisconnected, Unauthorized
 from service.schemas import ErrorOut, ItemIn, ModelUsed, TimingOut, WarningOut
 from service.settings import Settings
 from service.telemetry import Telemetry
-from service.wire import ByteBudget
+from service.wire import ByteBudget, Incoming
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ WARNINGS = {
     "unknown_words": "the prompt holds words that the model was never trained on",
     "context_ignored": "the model does not look at the item's context",
     "reference_ignored": "the model does not look at the item's reference",
+    "is_reference": "the group was compared with this candidate; it has 0.5, as compared with itself",
     "comparisons_failed": "some comparisons of the candidate failed; the score is that of the others",
     "low_answer_mass": "the judge gave the words that count as an answer little probability",
 }
@@ -97,6 +99,27 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def compares(model: RewardModel) -> bool:
+    """Whether the model scores by comparisons alone."""
+    return isinstance(model, Judge) and not model.pointwise
+
+
+def scores_of(
+    service: Service, models: Sequence[str], incoming: Incoming, asked: Sequence[ItemIn], deadline: float
+) -> Coroutine[Any, Any, tuple[list[SampleResult], Timing]]:
+    """The work of scoring every candidate by every model, judges among them; unknown models and tensors raise now."""
+    limits = service.settings.limits
+    image_limits = items.image_limits(limits)
+    workers = [service.engine.worker(model) for model in models]
+    comparing = [worker.name for worker in workers if compares(worker.model)]
+    if comparing:
+        groups = items.groups(incoming, asked, image_limits)
+        return scoring.score_all(service.engine, models, comparing, groups, deadline=deadline, limits=limits)
+    with_context = any("context" in worker.model.info.inputs for worker in workers)
+    makers = items.makers(incoming, asked, image_limits, with_context=with_context)
+    return service.engine.submit(models, makers, job="score", deadline=deadline)
+
+
 AnyItem = TypeVar("AnyItem", bound=ItemIn)
 
 
@@ -130,10 +153,16 @@ def errors_of(results: Sequence[SampleResult], models: Sequence[str]) -> list[li
 
 
 def warnings_of(
-    service: Service, results: Sequence[SampleResult], models: Sequence[str], item: ItemIn | None = None
+    service: Service,
+    results: Sequence[SampleResult],
+    models: Sequence[str],
+    item: ItemIn | None = None,
+    *,
+    compared: bool = False,
 ) -> list[list[WarningOut]]:
-    """Per candidate: what the caller should know about a score that is there."""
-    ignored = [(model, code) for model in models for code in _ignored(service, model, item)] if item else []
+    """Per candidate: what the caller should know about a score that is there. ``compared``: with the reference."""
+    unused = [(model, code) for model in models for code in ignored(service, model, item)] if item else []
+    unused = [(model, code) for model, code in unused if not (compared and code == "reference_ignored")]
     rows = []
     for result in results:
         codes: list[tuple[str | None, str]] = [(None, code) for code in result.warnings]
@@ -142,11 +171,12 @@ def warnings_of(
             output = outcome.output if isinstance(outcome, GradientResult) else outcome
             if isinstance(output, Output):
                 codes += [(model, code) for code in output.warnings]
-        rows.append([WarningOut(model=m, code=c, message=WARNINGS.get(c, c)) for m, c in [*codes, *ignored]])
+        rows.append([WarningOut(model=m, code=c, message=WARNINGS.get(c, c)) for m, c in [*codes, *unused]])
     return rows
 
 
-def _ignored(service: Service, model: str, item: ItemIn) -> list[str]:
+def ignored(service: Service, model: str, item: ItemIn) -> list[str]:
+    """Codes of what the item has and the model does not look at."""
     inputs = service.engine.worker(model).model.info.inputs
     given = {"context_ignored": item.context is not None, "reference_ignored": item.reference is not None}
     if isinstance(service.engine.worker(model).model, Judge):

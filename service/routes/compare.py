@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fastapi import APIRouter, Request, Response
+from scipy.special import expit
 
 from models.base import Output, SampleError
 from models.judge import AnswerError, Judge, Preference
@@ -20,8 +21,8 @@ from service.routes.common import (
     ServiceDep,
     deadline_at,
     errors_of,
+    ignored,
     score_of,
-    split,
     timing_out,
     until_disconnect,
     used,
@@ -83,15 +84,17 @@ async def compare(request: Request, service: ServiceDep, arrival: ArrivalDep) ->
             return await _judge(
                 request, service, body, incoming, asked, deadline_at(arrival, body.deadline_ms, service.settings)
             )
-        with_context = "context" in worker.model.info.inputs
-        makers = items.makers(incoming, body.items, items.image_limits(limits), with_context=with_context)
+        groups = items.groups(incoming, body.items, items.image_limits(limits))
+        makers = [group.sample_maker(index) for group in groups for index in range(len(group.candidates))]
         deadline = deadline_at(arrival, body.deadline_ms, service.settings)
         work = service.engine.submit([body.model], makers, job="score", deadline=deadline)
         results, timing = await until_disconnect(request, work)
-    parts = split(body.items, results)
+    found = iter(results)
+    parts = [[next(found) for _ in group.candidates] for group in groups]
     answer = CompareResponse(
         results=[
-            _preferences(service, body, item, part, pairs) for (item, part), pairs in zip(parts, asked, strict=True)
+            _preferences(service, body, item, part, pairs)
+            for item, part, pairs in zip(body.items, parts, asked, strict=True)
         ],
         model=NamedModelUsed(name=body.model, **used(service, body.model).model_dump()),
         timing_ms=timing_out(timing),
@@ -115,7 +118,7 @@ async def _judge(
     )
     judged, timing = await until_disconnect(request, work)
     answer = CompareResponse(
-        results=[_judged(service, body, each) for each in judged],
+        results=[_judged(service, body, item, each) for item, each in zip(body.items, judged, strict=True)],
         model=NamedModelUsed(name=body.model, **used(service, body.model, "compare").model_dump()),
         timing_ms=timing_out(timing),
     )
@@ -123,16 +126,15 @@ async def _judge(
 
 
 def _plan(item: CompareItemIn, group: items.Group, pairs: list[Pair] | None) -> judging.Plan:
-    if item.pairs == "adaptive" and not group.has_reference:
+    if item.pairs == "adaptive":
         return "adaptive"
     asked = all_pairs(group.count) if pairs is None else pairs
-    return [*asked, *((index, group.count) for index in range(group.count) if group.has_reference)]
+    return [*asked, *judging.against_reference(group)]
 
 
-def _judged(service: Service, body: CompareRequest, judged: judging.Judged) -> ItemPreferences:
+def _judged(service: Service, body: CompareRequest, item: CompareItemIn, judged: judging.Judged) -> ItemPreferences:
     model, count = body.model, judged.group.count
-    inner = [each for each in judged.comparisons(model) if max(each.first, each.second) < count]
-    outcome = compare_by_judge(inner, count)
+    outcome = compare_by_judge(judged.inner(model), count, position=judged.adaptive)
     pairs = dict.fromkeys((min(pair), max(pair)) for pair in judged.outcomes)
     return ItemPreferences(
         probabilities=outcome.probabilities,
@@ -141,10 +143,10 @@ def _judged(service: Service, body: CompareRequest, judged: judging.Judged) -> I
         strength_stderr=outcome.strength_stderr,
         ranking=outcome.ranking,
         reference=[judged.preference(i, count, model) for i in range(count)] if judged.group.has_reference else None,
-        position_bias=_position_bias(judged, model),
+        position_bias=_position_bias(judged, model) if outcome.position is None else expit(outcome.position) - 0.5,
         comparisons=[_judged_pair(judged, (i, j), body) for i, j in pairs],
         errors=[_candidate_errors(judged, index) for index in range(count)],
-        warnings=[_candidate_warnings(judged, index, model) for index in range(count)],
+        warnings=[_candidate_warnings(judged, index, model, ignored(service, model, item)) for index in range(count)],
     )
 
 
@@ -193,13 +195,13 @@ def _candidate_errors(judged: judging.Judged, index: int) -> list[ErrorOut]:
     return [] if error is None else [ErrorOut(model=None, code=error.code, message=error.message)]
 
 
-def _candidate_warnings(judged: judging.Judged, index: int, model: str) -> list[WarningOut]:
-    codes: dict[tuple[str | None, str], None] = {}
-    for pair, result in judged.outcomes.items():
+def _candidate_warnings(judged: judging.Judged, index: int, model: str, unused: list[str]) -> list[WarningOut]:
+    codes: dict[tuple[str | None, str], None] = {(None, code): None for code in judged.group.warnings(index)}
+    for pair in judged.outcomes:
         outcome = judged.outcome(pair, model)
         if index in pair and isinstance(outcome, Preference):
-            codes.update({(None, code): None for code in result.warnings if index in pair})
             codes.update({(model, code): None for code in outcome.warnings})
+    codes.update({(model, code): None for code in unused})
     return [WarningOut(model=m, code=c, message=WARNINGS.get(c, c)) for m, c in codes]
 
 
@@ -219,20 +221,26 @@ def _pairs(item: CompareItemIn) -> list[Pair] | None:
 def _preferences(
     service: Service, body: CompareRequest, item: CompareItemIn, results: list[SampleResult], pairs: list[Pair] | None
 ) -> ItemPreferences:
-    model = body.model
-    scores = [score_of(result.outcomes[model]) for result in results]
+    model, count = body.model, len(item.all_candidates())
+    everything = [score_of(result.outcomes[model]) for result in results]
+    scores, reference = everything[:count], everything[count:]
     service.telemetry.observe_group(model, scores)
     temperature = service.engine.worker(model).model.info.calibration.temperature
     outcome = compare_by_scores(scores, temperature, pairs)
+    against = compare_by_scores(everything, temperature, [(i, count) for i in range(count)]) if reference else None
     return ItemPreferences(
         probabilities=outcome.probabilities,
         win_rate=outcome.win_rate,
         strength=outcome.strength,
         strength_stderr=outcome.strength_stderr,
         ranking=outcome.ranking,
-        comparisons=[_comparison(model, comparison, body.both_orders) for comparison in outcome.comparisons],
-        errors=errors_of(results, [model]),
-        warnings=warnings_of(service, results, [model], item),
+        reference=None if against is None else [row[count] for row in against.probabilities[:count]],
+        comparisons=[
+            _comparison(model, comparison, body.both_orders)
+            for comparison in (*outcome.comparisons, *(() if against is None else against.comparisons))
+        ],
+        errors=errors_of(results[:count], [model]),
+        warnings=warnings_of(service, results[:count], [model], item, compared=True),
     )
 
 

@@ -28,6 +28,7 @@ from service.routes.common import (
     deadline_at,
     errors_of,
     score_of,
+    scores_of,
     split,
     total_of,
     until_disconnect,
@@ -88,9 +89,7 @@ async def compute(request: Request, service: ServiceDep, arrival: ArrivalDep) ->
         groups = group(incoming.parse(ComputeRequest), limits)
         asked = [item for item, _ in groups]
         items.check(asked, limits)
-        makers = items.makers(incoming, asked, items.image_limits(limits), with_context=False)
-        deadline = deadline_at(arrival, None, service.settings)
-        work = service.engine.submit(list(weights), makers, job="score", deadline=deadline)
+        work = scores_of(service, list(weights), incoming, asked, deadline_at(arrival, None, service.settings))
         results, _ = await until_disconnect(request, work)
     for _, part in split(asked, results):
         for model in weights:

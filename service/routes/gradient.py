@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 
-from models.base import InputError
+from models.base import Candidate, Context
+from models.judge import Judge
 from service import items, tensors, wire
 from service.engine.batcher import GradientResult
 from service.engine.request import Made, Maker, SampleResult
 from service.engine.worker import TensorSample
 from service.errors import InvalidRequest, UnsupportedMediaType
-from service.images import ImageLimits
+from service.images import ImageLimits, checked_pixels
 from service.openapi import request_body
 from service.routes.common import (
     ArrivalDep,
@@ -46,6 +48,9 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 async def gradient(request: Request, service: ServiceDep, arrival: ArrivalDep) -> Response:
     """Scores and their gradients along the differentiable twin of the preprocessing, in float32.
 
+    A judge's score is the probability that the image, seen first, is preferred to the item's ``reference``: a uint8
+    [H, W, 3] tensor, or float32 pixels, which are rounded to 8 bits.
+
     The answer holds one float32 [3, H, W] tensor per image under the image's own name (absent where the sample failed)
     and a GradientResponse as the metadata string ``response``.
     """
@@ -57,9 +62,14 @@ async def gradient(request: Request, service: ServiceDep, arrival: ArrivalDep) -
         items.check(body.items, limits)
         names = _tensor_names(body.items)
         pixel_limits = items.image_limits(limits)
-        prompts = [item.prompt for item in body.items for _ in item.all_candidates()]
-        makers = [_maker(incoming, prompt, name, pixel_limits) for prompt, name in zip(prompts, names, strict=True)]
         models = list(body.models)
+        judged = any(isinstance(service.engine.worker(model).model, Judge) for model in models)
+        shared = [_shared(incoming, item, pixel_limits, judged=judged) for item in body.items]
+        asked = [(i, each) for i, each in zip(body.items, shared, strict=True) for _ in i.all_candidates()]
+        makers = [
+            _maker(incoming, item.prompt, name, each, pixel_limits)
+            for (item, each), name in zip(asked, names, strict=True)
+        ]
         deadline = deadline_at(arrival, body.deadline_ms, service.settings)
         work = service.engine.submit(models, makers, job="gradient", deadline=deadline)
         results, timing = await until_disconnect(request, work)
@@ -97,26 +107,35 @@ def _tensor_names(request_items: list[ItemIn]) -> list[str]:
     return [name for name in names if name is not None]
 
 
-def _maker(incoming: Incoming, prompt: str, name: str, limits: ImageLimits) -> Maker:
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """What the candidates of an item have in common for judges, decoded once."""
+
+    reference: items.Once[Candidate] | None = None
+    context: items.Once[Context] | None = None
+
+
+def _shared(incoming: Incoming, item: ItemIn, limits: ImageLimits, *, judged: bool) -> _Shared:
+    if not judged:
+        return _Shared()
+    reference = None
+    if item.reference is not None:
+        reference = items.Once(items.reference_maker(incoming, item.reference, limits))
+    context = None if item.context is None else items.Once(items.context_maker(incoming, item.context, limits))
+    return _Shared(reference, context)
+
+
+def _maker(incoming: Incoming, prompt: str, name: str, shared: _Shared, limits: ImageLimits) -> Maker:
     source = incoming.source(name)
     assert isinstance(source, np.ndarray)  # a safetensors body holds nothing else
 
     def make() -> Made:
-        return Made(TensorSample(prompt, torch.from_numpy(checked_pixels(source, limits))))
+        pixels = torch.from_numpy(checked_pixels(source, limits))
+        reference = None if shared.reference is None else shared.reference()
+        context = None if shared.context is None else shared.context()
+        return Made(TensorSample(prompt, pixels, reference, context))
 
     return make
-
-
-def checked_pixels(array: NDArray[Any], limits: ImageLimits) -> NDArray[np.float32]:
-    """A copy of float32 [3, H, W] pixels in [0, 1]; raises InputError for anything else."""
-    if array.dtype != np.float32 or array.ndim != 3 or array.shape[0] != 3:
-        raise InputError("a gradient wants float32 pixels of shape [3, H, W]", code="invalid_image_array")
-    limits.check_size(array.shape[2], array.shape[1])
-    if not np.isfinite(array).all():
-        raise InputError("the pixels hold numbers that are not finite", code="pixels_not_finite")
-    if array.min() < 0 or array.max() > 1:
-        raise InputError("the pixels are not within [0, 1]", code="pixels_out_of_range")
-    return np.array(array, dtype=np.float32)
 
 
 def _total(result: SampleResult, body: GradientRequest) -> NDArray[np.float32] | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from models.base import Output, RewardModel
-from models.judge import Judge
-from service import items, judging, wire
+from models.base import Output
+from service import items, wire
 from service.engine.request import SampleResult
 from service.openapi import request_body
 from service.routes.common import (
@@ -16,6 +15,7 @@ from service.routes.common import (
     deadline_at,
     errors_of,
     score_of,
+    scores_of,
     split,
     timing_out,
     total_of,
@@ -49,16 +49,8 @@ async def score(request: Request, service: ServiceDep, arrival: ArrivalDep) -> R
         body = incoming.parse(ScoreRequest)
         items.check(body.items, limits)
         models = list(body.models)
-        workers = [service.engine.worker(model) for model in models]
-        comparing = [worker.name for worker in workers if compares(worker.model)]
         deadline = deadline_at(arrival, body.deadline_ms, service.settings)
-        if comparing:
-            groups = items.groups(incoming, body.items, items.image_limits(limits))
-            work = judging.score_all(service.engine, models, comparing, groups, deadline=deadline, limits=limits)
-        else:
-            with_context = any("context" in worker.model.info.inputs for worker in workers)
-            makers = items.makers(incoming, body.items, items.image_limits(limits), with_context=with_context)
-            work = service.engine.submit(models, makers, job="score", deadline=deadline)
+        work = scores_of(service, models, incoming, body.items, deadline)
         results, timing = await until_disconnect(request, work)
     return wire.json_response(
         ScoreResponse(
@@ -67,11 +59,6 @@ async def score(request: Request, service: ServiceDep, arrival: ArrivalDep) -> R
             timing_ms=timing_out(timing),
         )
     )
-
-
-def compares(model: RewardModel) -> bool:
-    """Whether the model scores by comparisons alone."""
-    return isinstance(model, Judge) and not model.pointwise
 
 
 def item_scores(service: Service, body: ScoreRequest, item: ItemIn, results: list[SampleResult]) -> ItemScores:

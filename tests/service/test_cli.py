@@ -130,6 +130,18 @@ def test_compare_prints_the_ranking(run: Run, photos: list[Path]) -> None:
     assert json.loads(as_json.stdout)["results"][0]["ranking"] == [2, 1, 0]
 
 
+def test_compare_explains_each_comparison_and_tells_those_that_failed(run: Run, photos: list[Path]) -> None:
+    command = ("compare", *photos, "--prompt", "x", "--model", "jpeg-incompressibility")
+    assert "P(first)" not in run(*command).stdout
+    told = [line for line in run(*command, "--explain").stdout.splitlines() if "P(first)" in line]
+    assert len(told) == 3
+    broken = photos[0].parent / "broken.png"
+    broken.write_bytes(b"not an image")
+    failed = run("compare", broken, *photos[:2], "--prompt", "x", "--model", "jpeg-incompressibility")
+    assert failed.exit_code == 0, failed.output
+    assert failed.stdout.count("score_missing") == 2
+
+
 def test_models_lists_what_is_loaded(run: Run) -> None:
     rows = {row["name"]: row for row in json.loads(run("models", "--json").stdout)["models"]}
     assert rows["jpeg-compressibility"]["ready"] is True

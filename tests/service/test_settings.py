@@ -136,3 +136,12 @@ def test_a_weights_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder"):
         Settings(weights_dir=file)
     assert Settings(weights_dir=tmp_path / "not yet there").weights_dir is not None
+
+
+@pytest.mark.parametrize("reference", ["best:ocr", "best:shapes-judge", "best-of-0", "worst", "best:"])
+def test_a_reference_is_chosen_by_a_rule_that_is_known_and_a_model_that_is_loaded(reference: str) -> None:
+    models = {"shapes-judge": {"reference": reference}, "shapes-clip": {}}
+    with pytest.raises(ValidationError, match="reference"):
+        Settings(models=models)
+    models["shapes-judge"]["reference"] = "best:shapes-clip"
+    assert Settings(models=models).models["shapes-judge"].reference == "best:shapes-clip"

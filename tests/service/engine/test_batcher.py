@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import settings, strategies
+from hypothesis import given, settings, strategies
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from models.base import ModelError, Output
@@ -458,3 +458,41 @@ def test_under_concurrent_hammering_every_ticket_ends_once_and_the_cost_returns_
     assert batcher.cost == 0
     assert batcher.oldest() is None
     assert ended == dict.fromkeys(tickets, 1)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+@given(strategies.lists(strategies.integers(0, 12), min_size=1, max_size=12), strategies.integers(1, 20))
+def test_batches_by_weight_hold_everything_once_and_no_more_than_fits(weights: list[int], full: int) -> None:
+    batcher = make()
+    tickets = [ticket("compare") for _ in weights]
+    for entry, weight in zip(tickets, weights, strict=True):
+        batcher.admit(entry)
+        batcher.ready(entry, "payload", weight=weight)
+    due_at_once = batcher.due_in(time.monotonic(), full) == 0.0
+    assert due_at_once or sum(max(1, weight) for weight in weights) < full
+    taken: list[Ticket] = []
+    while batch := batcher.take(full):
+        assert batch[0] is next(entry for entry in tickets if entry not in taken)  # the oldest is never passed over
+        assert len(batch) == 1 or sum(entry.weight for entry in batch) <= full
+        taken += batch
+        batcher.settle(batch, [Output(0.0) for _ in batch])
+    assert sorted(map(id, taken)) == sorted(map(id, tickets))
+    assert batcher.cost == 0
+
+
+def test_the_rest_of_a_tournament_does_not_wait_for_more(clock: Clock) -> None:
+    """The batch before was larger, and took long; a pointwise model would wait for its clients to come again."""
+    batcher = make()
+    first = [ticket("compare") for _ in range(2)]
+    for entry in first:
+        batcher.admit(entry)
+        batcher.ready(entry, "payload", weight=50)
+    batch = batcher.take(100)
+    clock.now += 60
+    batcher.settle(batch, [Output(0.0)] * 2)
+    last = ticket("compare")
+    batcher.admit(last)
+    batcher.ready(last, "payload", weight=10)
+    assert batcher.due_in(clock.now, 100) == 0.0

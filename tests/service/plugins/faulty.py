@@ -31,10 +31,7 @@ from models.base import (
     WeightsError,
 )
 from models.registry import register
-from models.towers import (
-    HeadOutput,
-    TowerReward,
-)
+from models.towers import HeadOutput, TowerReward
 from tests.service.bodies import INNER_TEXT
 
 
