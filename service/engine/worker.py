@@ -314,9 +314,10 @@ class Worker:
         return True
 
     def _between_tokens(self) -> None:
-        """A token was written: the model lives, however long its answer takes."""
-        self.writes = True
-        self.last_success = time.monotonic()
+        """A token was written: the model lives, however long its answer takes. Waiting for a server proves nothing."""
+        if self.model.uses_device:
+            self.writes = True
+            self.last_success = time.monotonic()
         self._alive()
         self._breathe()
 
