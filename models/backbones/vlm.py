@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from models.base import LoadOptions, ModelError, SampleError
 from models.judge import Answer, FeatureStore, Generation, Turn, WordScores
 from models.towers import alike
 
-LENGTH_STEP = 16
+LENGTH_STEP = 8
 """Ends of turns are padded to multiples of it."""
 
 
@@ -300,13 +301,33 @@ class LocalChat:
             deeper.append(deep)
             positions.append(torch.cat([place, place[:, -1:].expand(-1, short)], dim=1))
             last.append(len(own) - 1)
-        states = self.forward(
-            torch.stack(embeddings),
-            torch.stack(positions),
-            cache,
-            visual=(torch.stack(visual), torch.cat(deeper, dim=1)),
-        )
-        return states[torch.arange(len(turns)), last], cache, cut + length
+        rows = torch.arange(len(turns), device=self.device), torch.tensor(last, device=self.device)
+        with _only_at(self.model.model.language_model.layers[-1].mlp, rows):
+            states = self.forward(
+                torch.stack(embeddings),
+                torch.stack(positions),
+                cache,
+                visual=(torch.stack(visual), torch.cat(deeper, dim=1)),
+            )
+        return states[rows], cache, cut + length
+
+
+@contextmanager
+def _only_at(mlp: Any, places: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Within it, the last layer's MLP computes only what is read: one token of each row. It makes no keys or values."""
+
+    def select(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shape.append(inputs[0].shape)
+        return (inputs[0][places],)
+
+    def put_back(_: Any, __: Any, output: Tensor) -> Tensor:
+        whole = output.new_zeros(shape.pop())
+        whole[places] = output
+        return whole
+
+    shape: list[torch.Size] = []
+    with mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back):
+        yield
 
 
 def _word_scores(log_probs: list[float]) -> WordScores | SampleError:
