@@ -60,7 +60,8 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-GRPO: dict[str, Any] = {"group_size": 16, "window": "fast", "window_size": 3}
+GRPO: dict[str, Any] = {"group_size": 16, "window": "fast", "window_size": 3, "shared_noise": True}
+"""A group starts from one noise: its rewards then differ by the drawn steps alone, which are what is trained."""
 NFT: dict[str, Any] = {"group_size": 16, "timestep_fraction": 0.4, "kl_beta": 0.0, "optimizer": {"lr": 2e-4}}
 PREF: dict[str, Any] = {**GRPO, "judge": LEARNED}
 REFL: dict[str, Any] = {
