@@ -65,7 +65,8 @@ def fit(
     )
     if skipped:
         console.print(f"{skipped} rows could not be used")
-    console.print(f"temperature on held-out pairs: {result.temperature:.4g}")
+    told = "the held-out pairs leave it open" if result.temperature is None else f"{result.temperature:.4g}"
+    console.print(f"temperature on held-out pairs: {told}")
     console.print(
         f"serve it with models.{model}.weights = {result.options.weights} ({out / 'fit.json'})", soft_wrap=True
     )

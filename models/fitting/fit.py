@@ -7,6 +7,7 @@ model's own checkpoint form; the accuracy afterwards is that of the checkpoint r
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from models.towers import HeadOutput, TowerInput, TowerReward
 What: TypeAlias = Literal["head", "lora", "all"]
 Loss: TypeAlias = Literal["bt", "kl", "uncertainty"]
 RECORD = "fit.json"
+TEMPERATURE_REACH = math.log(1e3)
+"""Temperatures are sought between 1/1000 and 1000."""
 
 
 class FitProblem(ValueError):
@@ -87,11 +90,12 @@ class Agreement:
 
 @dataclass(frozen=True)
 class FitResult:
-    """Held-out agreement before and after; ``temperature`` calibrates P = sigmoid(difference / temperature)."""
+    """Held-out agreement before and after; ``temperature`` calibrates P = sigmoid(difference / temperature), None where
+    the held-out pairs leave it open: all of them right, or none."""
 
     before: Agreement
     after: Agreement
-    temperature: float
+    temperature: float | None
     best_epoch: int
     trained_parameters: int
     skipped: int
@@ -126,6 +130,8 @@ def fit(
         raise FitProblem(f"the uncertainty loss wants a model with an uncertainty (hpsv3); {name} has none")
     pairs, skipped = prepare(model, rows, track)
     held, taught = (prepare(model, validation, track)[0], pairs) if validation else split(pairs, config)
+    if shared := {pair.prompt for pair in held} & {pair.prompt for pair in taught}:
+        raise FitProblem(f"{len(shared)} prompts are in the data and in the validation file, such as {min(shared)!r}")
     _check(taught, held)
     scorer = _Scorer(model, fittable, config)
     before = agreement(scorer, held, config.batch)
@@ -135,7 +141,8 @@ def fit(
     merge()
     out.mkdir(parents=True, exist_ok=True)
     saved = fittable.save(out)
-    saved = LoadOptions(options.device, torch.float32, saved.weights, {**options.options, **saved.options}, None)
+    again_options = {**options.options, **saved.options}
+    saved = LoadOptions(options.device, torch.float32, saved.weights, again_options, options.weights_dir)
     again = load_model(name, saved)
     assert isinstance(again, TowerReward)
     reloaded = _Scorer(again, _fittable(again), config)
@@ -163,10 +170,8 @@ def prepare(
     def inputs(row: PreferenceRow) -> list[TowerInput] | None:
         try:
             tokens, warnings = model.prepare_text(row.prompt)
-            return [
-                TowerInput(model.prepare_image(open_picture(picture)), tokens, f"{row.key}|{i}", row.prompt, warnings)
-                for i, picture in enumerate(row.images)
-            ]
+            images = [model.prepare_image(open_picture(picture)) for picture in row.images]
+            return [TowerInput(pixels, tokens, _digest(pixels), row.prompt, warnings) for pixels in images]
         except (SampleError, UnreadableRow):
             return None
 
@@ -180,6 +185,12 @@ def prepare(
                 for pair in row.pairs
             ]
     return pairs, skipped
+
+
+def _digest(pixels: Tensor) -> str:
+    """Features are kept by this: rows of two files may have the same key, and a picture may be in many rows."""
+    shape = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
+    return hashlib.blake2b(shape + pixels.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def split(pairs: Sequence[PreparedPair], config: FitConfig) -> tuple[list[PreparedPair], list[PreparedPair]]:
@@ -387,8 +398,8 @@ def agreement(scorer: _Scorer, pairs: Sequence[PreparedPair], batch: int) -> Agr
     return Agreement(share, center - half, center + half, count)
 
 
-def temperature(scorer: _Scorer, pairs: Sequence[PreparedPair], batch: int) -> float:
-    """The temperature at which held-out pairs are likeliest under Bradley-Terry, in [1e-3, 1e3]."""
+def temperature(scorer: _Scorer, pairs: Sequence[PreparedPair], batch: int) -> float | None:
+    """The temperature at which held-out pairs are likeliest under Bradley-Terry; None where there is no such."""
     difference = differences(scorer, pairs, batch).numpy()
     label = np.array([pair.label for pair in pairs])
 
@@ -396,8 +407,8 @@ def temperature(scorer: _Scorer, pairs: Sequence[PreparedPair], batch: int) -> f
         margin = difference / math.exp(log_temperature)
         return float(np.mean(np.logaddexp(0.0, -margin) * label + np.logaddexp(0.0, margin) * (1 - label)))
 
-    reach = math.log(1e3)
-    return math.exp(float(minimize_scalar(surprise, bounds=(-reach, reach), method="bounded").x))
+    found = float(minimize_scalar(surprise, bounds=(-TEMPERATURE_REACH, TEMPERATURE_REACH), method="bounded").x)
+    return None if abs(found) > 0.98 * TEMPERATURE_REACH else math.exp(found)
 
 
 def _write_record(
