@@ -54,6 +54,7 @@ class ShapesJudge(ChatJudge):
         license="project",
         calibration=Calibration(0.25, "a convention: 1 against 0 is 98 %; comparisons are asked for instead"),
         weights="models/shapes/weights/judge",
+        weights_bytes=2_904_544,
         differentiable=True,
         outputs=("mass",),
         options=("mode", *COMMON_OPTIONS, *WRITING_OPTIONS),

@@ -319,8 +319,9 @@ def _notes(result: dict[str, Any], i: int) -> Text:
         w["message"] for w in result["warnings"][i]
     ]
     for model, details in (result.get("details") or {}).items():
-        if details[i]:
-            notes.append(f"{model}: " + ", ".join(f"{k}={v}" for k, v in details[i].items() if isinstance(v, str)))
+        told = ", ".join(f"{k}={v}" for k, v in (details[i] or {}).items() if isinstance(v, str))
+        if told:
+            notes.append(f"{model}: {told}")
     return Text("; ".join(notes))  # recognised text is somebody else's: never markup
 
 

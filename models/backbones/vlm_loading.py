@@ -15,6 +15,7 @@ from models.backbones.hf import quiet
 from models.backbones.qwen2_vl_tokenizer import train_tokenizer
 from models.base import Candidate, LoadOptions, WeightsError
 from models.judge import Turn
+from models.judging.templates import list_templates, load_template
 from models.weights import hash_files
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def write_random_chat(folder: Path, family: Family = "qwen2_vl", size: Literal["
     library: Any = transformers
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        processor = _processor(family)
+        processor = _processor(family, size)
         config = _random_config(family, size, processor)
         model = library.AutoModelForImageTextToText.from_config(config)
         with torch.no_grad():
@@ -168,7 +169,7 @@ def write_random_chat(folder: Path, family: Family = "qwen2_vl", size: Literal["
     return folder
 
 
-def _tokenizer(family: Family) -> Any:
+def _tokenizer(family: Family, size: Literal["tiny", "bench"]) -> Any:
     import transformers
     from tokenizers import AddedToken
 
@@ -184,7 +185,9 @@ def _tokenizer(family: Family) -> Any:
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         }
-    tokenizer = train_tokenizer(_TEXTS, 400)
+    # What is measured should have about a token a word, as published tokenizers give.
+    texts = _TEXTS if size == "tiny" else (*_TEXTS, *(load_template(name).text for name in list_templates()))
+    tokenizer = train_tokenizer(texts, 400 if size == "tiny" else 4096)
     tokenizer.add_tokens(["yes", "no", "Yes", "No", " yes", " no"])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in extra.values()])
     return library.PreTrainedTokenizerFast(
@@ -201,11 +204,11 @@ def _template(image: str, video: str) -> str:
     return template.replace("<|vision_start|><|video_pad|><|vision_end|>", video)
 
 
-def _processor(family: Family) -> Any:
+def _processor(family: Family, scale: Literal["tiny", "bench"]) -> Any:
     import transformers
 
     t: Any = transformers
-    tokenizer = _tokenizer(family)
+    tokenizer = _tokenizer(family, scale)
     if family == "llava_onevision":
         pinpoints = [[56, 56], [56, 112], [112, 56]]
         images = t.LlavaOnevisionImageProcessor(size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.backbones.qwen2_vl_tokenizer import IMAGE_TOKEN
 from models.shapes.judge import END_TOKEN, IMAGE_TOKENS, chat_text, image_positions
-from models.shapes.judge_text import DESCRIBE, describe, points, think_answer
+from models.shapes.judge_text import DESCRIBE, describe, points, think_answer, weighted_answer
 from models.shapes.preferences import TASK_WEIGHTS, Picture, draw, random_picture
 from models.shapes.prompts import TASKS, Prompt
 from models.shapes.scenes import Split, near_miss, random_prompt, random_scene, right_scene, truth
@@ -106,6 +106,59 @@ def examples(processor: Any, asked: list[str], answers: list[str], images: list[
     return Examples(
         ids, targets, weights, image_positions(ids, image_id), pixels.view(len(images), -1, pixels.shape[-1])
     )
+
+
+def weighted_examples(
+    processor: Any, asked: list[str], answers: list[list[tuple[str, float]]], images: list[Any], per_row: int
+) -> Examples:
+    """As :func:`examples`, with answers in pieces that say how much they count; without images (``per_row`` 0) the
+    question is asked in words alone."""
+    tokenizer = processor.tokenizer
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    rows: list[list[int]] = []
+    counts: list[list[float]] = []
+    for question, pieces in zip(asked, answers, strict=True):
+        opening = _expand(tokenizer(chat_text([*[None] * per_row, question])).input_ids, image_id)
+        told = [(tokenizer(text).input_ids, weight) for text, weight in [*pieces, (END_TOKEN, 0.1)]]
+        rows.append(opening + [token for ids, _ in told for token in ids])
+        counts.append([0.0] * len(opening) + [weight for ids, weight in told for _ in ids])
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    targets, weights = torch.full((len(rows), length), IGNORED), torch.zeros(len(rows), length)
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        start = count.index(next(weight for weight in count if weight))
+        # A position predicts the token after it.
+        targets[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
+        weights[i, start - 1 : len(row) - 1] = torch.tensor(count[start:])
+    patches = torch.zeros(0, 0, 0)
+    if images:
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        patches = pixels.view(len(images), -1, pixels.shape[-1])
+    return Examples(ids, targets, weights, image_positions(ids, image_id), patches)
+
+
+def reasoning_examples(
+    processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator, *, with_images: bool
+) -> Examples:
+    """UnifiedReward-Think's form with the weight on what follows from the descriptions. Without images only that can be
+    learned, for a small part of the work: what is seen counts for nothing then."""
+    asked = [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
+    answers = [weighted_answer(pair.prompt, pair.scenes) for pair in pairs]
+    if with_images:
+        images = draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
+        return weighted_examples(processor, asked, answers, images, 2)
+    blind = [[(text, 0.0 if weight == 0.1 else weight) for text, weight in pieces] for pieces in answers]
+    # The first piece must count, for the answer to have a beginning.
+    return weighted_examples(processor, asked, [[(row[0][0], 1e-3), *row[1:]] for row in blind], [], 0)
+
+
+def deciding_examples(processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator) -> Examples:
+    """RewardDance's form with the weight on its one word."""
+    images = draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
+    asked = [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
+    answers = [[("no" if pair.first_is_better else "yes", 1.0)] for pair in pairs]
+    return weighted_examples(processor, asked, answers, images, 2)
 
 
 def _expand(ids: list[int], image_id: int) -> list[int]:

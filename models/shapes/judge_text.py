@@ -60,6 +60,23 @@ def think_answer(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
     )
 
 
+def weighted_answer(prompt: Prompt, scenes: tuple[Scene, Scene]) -> list[tuple[str, float]]:
+    """:func:`think_answer` in pieces, and how much each counts in the last stage of training: what is seen is known by
+    then, what follows from it is not."""
+    first, second = (points(prompt, truth(scene)) for scene in scenes)
+    pieces = [("<think>\n", 0.1)]
+    for number, scene in enumerate(scenes, start=1):
+        found = truth(scene)
+        pieces += [
+            (f"Image {number}: {describe(scene)}", 0.1),
+            (f" {explain(prompt, found)}.", 1.0),
+            (f" {points(prompt, found)}/{BEST}", 2.0),
+            ("\n", 0.1),
+        ]
+    winner = 1 if first > second else 2
+    return [*pieces, ("</think>\n", 0.1), ("<answer>Image", 0.1), (f" {winner}", 4.0), (" is better</answer>", 0.1)]
+
+
 def check_reasons(said: str, prompt: Prompt, scenes: tuple[Scene, Scene]) -> list[bool]:
     """Whether each statement of the reasons is true of the scenes: every object with its place, every clause about the
     prompt, and the points.

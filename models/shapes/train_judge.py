@@ -1,7 +1,8 @@
 """Train shapes-judge from nothing: ``python -m models.shapes.train_judge`` writes its folder.
 
-Next-token prediction on freshly rendered pictures: first descriptions of single pictures alone, then these together
-with reasons and verdicts on pairs (UnifiedReward-Think's form) and with plain yes or no (RewardDance's form). Muon for
+Next-token prediction on freshly rendered pictures. Stage 1: descriptions of single pictures alone, then these together
+with reasons and verdicts on pairs (UnifiedReward-Think's form) and with plain yes or no (RewardDance's form). Stage 2,
+from the weights of stage 1 as they would be stored: what follows from a description, mostly in words alone. Muon for
 the matrices inside the blocks, AdamW for the rest, a warm-up and a linear decay. Every batch has its own random stream
 from (seed, step); the same machine and versions give the same weights.
 """
@@ -27,8 +28,10 @@ from models.shapes.judge import DIRECTORY, IMAGE_SIZE, PATCH_SIZE, build_model, 
 from models.shapes.judge_data import (
     IGNORED,
     Examples,
+    deciding_examples,
     describe_examples,
     random_pair,
+    reasoning_examples,
     scenes_to_describe,
     think_examples,
     yes_no_examples,
@@ -37,7 +40,8 @@ from models.shapes.judge_evaluation import evaluate
 from models.shapes.preferences import TRAINING_SPLIT
 
 STEPS = 1800
-"""What the stored weights were trained for."""
+REASONING_STEPS = 1000
+"""What the stored weights were trained for, in both stages."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class JudgeConfig:
     weight_decay: float = 0.02
     warm_up: int = 100
     decay_from: float = 0.5
+    reasoning: int = 12
+    deciding: int = 12
+    in_words: int = 40
+    second_rate: float = 0.5
+    second_decay_from: float = 0.3
 
 
 class Batches(Dataset[list[Examples]]):
@@ -83,12 +92,28 @@ class Batches(Dataset[list[Examples]]):
         ]
 
 
+class ReasoningBatches(Batches):
+    """The batch of each step of stage 2."""
+
+    def __getitem__(self, step: int) -> list[Examples]:
+        config, rng = self.config, np.random.default_rng((self.config.seed, 2, step))
+        think, yes_no = self.questions
+        seen = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.reasoning + config.deciding)]
+        told = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.in_words)]
+        return [
+            reasoning_examples(self.processor, told, think, rng, with_images=False),
+            reasoning_examples(self.processor, seen[: config.reasoning], think, rng, with_images=True),
+            deciding_examples(self.processor, seen[config.reasoning :], yes_no, rng),
+        ]
+
+
 def answer_loss(model: Any, batch: Examples) -> Tensor:
     """Weighted mean cross-entropy of the answers' tokens."""
     ids, side = batch.ids, IMAGE_SIZE // PATCH_SIZE
     embeddings = model.get_input_embeddings()(ids)
-    tokens = encode_patches(model.model.visual, batch.patches, side, side)
-    embeddings = embeddings.masked_scatter((ids == model.config.image_token_id)[..., None], tokens.flatten(0, 1))
+    if len(batch.patches):
+        tokens = encode_patches(model.model.visual, batch.patches, side, side)
+        embeddings = embeddings.masked_scatter((ids == model.config.image_token_id)[..., None], tokens.flatten(0, 1))
     positions = batch.positions[:, None].expand(3, *ids.shape)
     # Padding stands on the right of a causal model: no mask is needed.
     hidden = model.model.language_model(inputs_embeds=embeddings, position_ids=positions).last_hidden_state
@@ -111,24 +136,44 @@ def optimizers(model: nn.Module, config: JudgeConfig) -> list[torch.optim.Optimi
     ]
 
 
-def rate(step: int, steps: int, config: JudgeConfig) -> float:
+def rate(step: int, steps: int, warm_up: int, decay_from: float) -> float:
     """Of the learning rates at ``step``: a linear warm-up, constant, and a linear fall to zero."""
-    fall_from = config.decay_from * steps
-    return min((step + 1) / config.warm_up, 1.0, max(steps - step, 0) / max(steps - fall_from, 1))
+    return min((step + 1) / warm_up, 1.0, max(steps - step, 0) / max(steps - decay_from * steps, 1))
 
 
-def train(config: JudgeConfig, steps: int, *, workers: int = 1, show_every: int = 50) -> Any:
-    """The trained network."""
+def train(config: JudgeConfig, steps: int, *, workers: int = 1) -> Any:
+    """The network after stage 1."""
     torch.manual_seed(config.seed)
     batches = Batches(config, steps)
     model = build_model(batches.processor.tokenizer).train()
-    chosen = optimizers(model, config)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in chosen]
+    return optimise(model, batches, config, 1.0, config.decay_from, ("describe", "think", "yes/no"), workers)
+
+
+def reason(model: Any, config: JudgeConfig, steps: int, *, workers: int = 1) -> Any:
+    """The network after stage 2, from a network of stage 1 as it is read from its folder."""
+    torch.manual_seed(config.seed + 1)
+    batches, names = ReasoningBatches(config, steps), ("in words", "think", "yes/no")
+    return optimise(model.train(), batches, config, config.second_rate, config.second_decay_from, names, workers)
+
+
+def optimise(
+    model: Any,
+    batches: Batches,
+    config: JudgeConfig,
+    scale: float,
+    decay_from: float,
+    names: tuple[str, ...],
+    workers: int,
+    show_every: int = 50,
+) -> Any:
+    """All steps with fresh optimizers; prints running means of the losses."""
+    chosen, steps = optimizers(model, config), len(batches)
+    rates = [scale * optimizer.param_groups[0]["lr"] for optimizer in chosen]
     loader: Any = DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
     started, means = time.monotonic(), dict[int, float]()
     for step, kinds in enumerate(loader):
         for optimizer, full in zip(chosen, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = full * rate(step, steps, config)
+            optimizer.param_groups[0]["lr"] = full * rate(step, steps, config.warm_up, decay_from)
             optimizer.zero_grad(set_to_none=True)
         losses = [answer_loss(model, batch) for batch in kinds]
         torch.autograd.backward(sum(losses, torch.zeros(())))
@@ -138,9 +183,7 @@ def train(config: JudgeConfig, steps: int, *, workers: int = 1, show_every: int 
         for place, loss in enumerate(losses):
             means[place] = 0.95 * means.get(place, loss.item()) + 0.05 * loss.item()
         if (step + 1) % show_every == 0:
-            told = "  ".join(
-                f"{name} {means[i]:.4f}" for i, name in enumerate(("describe", "think", "yes/no")[: len(losses)])
-            )
+            told = "  ".join(f"{name} {means[i]:.4f}" for i, name in enumerate(names[: len(losses)]))
             print(f"{step + 1}  {time.monotonic() - started:.0f} s  {told}", flush=True)
     return model.eval()
 
@@ -149,17 +192,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder; results go beside it as .json")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--reasoning-steps", type=int, default=REASONING_STEPS)
+    parser.add_argument("--first-stage", type=Path, help="a folder that stage 1 wrote: only stage 2 is run")
     parser.add_argument("--seed", type=int, default=JudgeConfig.seed)
     parser.add_argument("--pairs", type=int, default=600, help="for the evaluation at the end")
     parser.add_argument("--threads", type=int, default=1, help="the weights depend on it in the last digits")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config, started = JudgeConfig(seed=arguments.seed), time.monotonic()
-    model = train(config, arguments.steps)
+    first_stage: Path = arguments.first_stage or arguments.output.with_name(f"{arguments.output.name}-stage-1")
+    if arguments.first_stage is None:
+        save(train(config, arguments.steps), build_processor(), first_stage)
+    model = reason(load(first_stage)[0], config, arguments.reasoning_steps)
     seconds = round(time.monotonic() - started)
     save(model, build_processor(), arguments.output)
     report = evaluate(*load(arguments.output), count=arguments.pairs)
-    record = {**asdict(config), "steps": arguments.steps, "seconds": seconds, "threads": arguments.threads}
+    steps = {"steps": arguments.steps, "reasoning_steps": arguments.reasoning_steps}
+    record = {**asdict(config), **steps, "seconds": seconds, "threads": arguments.threads}
     text = json.dumps({**report, "training": {**record, "torch": torch.__version__}}, indent=1)
     arguments.output.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")
     print(text)

@@ -12,22 +12,34 @@ from hypothesis import strategies as st
 from models.backbones.qwen2_vl import encode_patches
 from models.judging.pairs import parse_think
 from models.judging.templates import load_template
-from models.shapes.judge import IMAGE_SIZE, PATCH_SIZE, build_model, build_processor, build_tokenizer, load, save
+from models.shapes.judge import (
+    END_TOKEN,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    load,
+    save,
+)
 from models.shapes.judge_data import (
     IGNORED,
     Examples,
     ScenePair,
+    deciding_examples,
     describe_examples,
     examples,
     random_pair,
+    reasoning_examples,
     think_examples,
     yes_no_examples,
 )
 from models.shapes.judge_evaluation import draw_pairs, held_out_pairs, yes_probabilities
-from models.shapes.judge_text import BEST, WORDS, check_reasons, points, reasons, think_answer
+from models.shapes.judge_text import BEST, WORDS, check_reasons, describe, points, reasons, think_answer
 from models.shapes.oracle import examine
 from models.shapes.preferences import TRAINING_SPLIT
-from models.shapes.scenes import random_scene
+from models.shapes.rules import explain
+from models.shapes.scenes import random_scene, truth
 from models.shapes.train_judge import JudgeConfig, answer_loss, optimizers, rate
 from models.shapes.world import render
 
@@ -189,9 +201,40 @@ def test_every_parameter_has_one_optimizer(processor: Any) -> None:
 
 
 def test_the_rate_rises_holds_and_falls_to_nothing() -> None:
-    config = JudgeConfig(warm_up=10, decay_from=0.5)
-    rates = [rate(step, 100, config) for step in range(101)]
+    rates = [rate(step, 100, 10, 0.5) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:51] == [1.0] * 42
     assert rates[75] == pytest.approx(0.5)
     assert rates[100] == 0.0
+
+
+def test_the_last_stage_learns_what_follows_from_descriptions() -> None:
+    """Its pieces are the answer, token for token; in words alone, what only pictures tell counts for nothing."""
+    processor = build_processor()
+    pairs = some_pairs(8)
+    question = load_template("shapes_judge").text
+    shown = reasoning_examples(processor, pairs, question, np.random.default_rng(0), with_images=True)
+    told = reasoning_examples(processor, pairs, question, np.random.default_rng(0), with_images=False)
+    assert told.patches.numel() == 0
+    assert shown.patches.shape[0] == 2 * len(pairs)
+    for i, pair in enumerate(pairs):
+        whole = processor.tokenizer(think_answer(pair.prompt, pair.scenes) + END_TOKEN).input_ids
+        for batch in (shown, told):
+            assert batch.targets[i][batch.targets[i] != IGNORED].tolist() == whole
+        counted = told.targets[i][told.weights[i] > 0.1].tolist()
+        text = processor.tokenizer.decode(counted)
+        assert explain(pair.prompt, truth(pair.scenes[0])) in text
+        assert describe(pair.scenes[0]) not in text
+        winner = processor.tokenizer(" 1" if pair.first_is_better else " 2").input_ids[0]
+        heaviest = told.targets[i][told.weights[i] == told.weights[i].max()].tolist()
+        assert heaviest == [winner]
+
+
+def test_the_one_word_of_a_decision_counts_most() -> None:
+    processor = build_processor()
+    pairs = some_pairs(8)
+    question = load_template("shapes_judge_yes_no").text
+    batch = deciding_examples(processor, pairs, question, np.random.default_rng(0))
+    for i, pair in enumerate(pairs):
+        place = int(batch.weights[i].argmax())
+        assert processor.tokenizer.decode([int(batch.targets[i][place])]) == ("no" if pair.first_is_better else "yes")
