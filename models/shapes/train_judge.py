@@ -2,7 +2,8 @@
 
 Next-token prediction on freshly rendered pictures. Stage 1: descriptions of single pictures alone, then these together
 with reasons and verdicts on pairs (UnifiedReward-Think's form) and with plain yes or no (RewardDance's form). Stage 2,
-from the weights of stage 1 as they would be stored: what follows from a description, mostly in words alone. Muon for
+in rounds, each from the weights before it as they would be stored: what follows from a description, mostly in words
+alone. Muon for
 the matrices inside the blocks, AdamW for the rest, a warm-up and a linear decay. Every batch has its own random stream
 from (seed, step); the same machine and versions give the same weights.
 """
@@ -40,8 +41,8 @@ from models.shapes.judge_evaluation import evaluate
 from models.shapes.preferences import TRAINING_SPLIT
 
 STEPS = 1800
-REASONING_STEPS = 1000
-"""What the stored weights were trained for, in both stages."""
+REASONING_STEPS = (1000, 550)
+"""What the stored weights were trained for: stage 1, and the rounds of stage 2."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,14 @@ class Batches(Dataset[list[Examples]]):
 
 
 class ReasoningBatches(Batches):
-    """The batch of each step of stage 2."""
+    """The batch of each step of a round of stage 2."""
+
+    def __init__(self, config: JudgeConfig, steps: int, number: int) -> None:
+        super().__init__(config, steps)
+        self.number = number
 
     def __getitem__(self, step: int) -> list[Examples]:
-        config, rng = self.config, np.random.default_rng((self.config.seed, 2, step))
+        config, rng = self.config, np.random.default_rng((self.config.seed, 2 + self.number, step))
         think, yes_no = self.questions
         seen = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.reasoning + config.deciding)]
         told = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.in_words)]
@@ -149,10 +154,10 @@ def train(config: JudgeConfig, steps: int, *, workers: int = 1) -> Any:
     return optimise(model, batches, config, 1.0, config.decay_from, ("describe", "think", "yes/no"), workers)
 
 
-def reason(model: Any, config: JudgeConfig, steps: int, *, workers: int = 1) -> Any:
-    """The network after stage 2, from a network of stage 1 as it is read from its folder."""
-    torch.manual_seed(config.seed + 1)
-    batches, names = ReasoningBatches(config, steps), ("in words", "think", "yes/no")
+def reason(model: Any, config: JudgeConfig, steps: int, number: int, *, workers: int = 1) -> Any:
+    """The network after round ``number`` of stage 2, from a network as it is read from its folder."""
+    torch.manual_seed(config.seed + 1 + number)
+    batches, names = ReasoningBatches(config, steps, number), ("in words", "think", "yes/no")
     return optimise(model.train(), batches, config, config.second_rate, config.second_decay_from, names, workers)
 
 
@@ -188,26 +193,33 @@ def optimise(
     return model.eval()
 
 
+def stages(config: JudgeConfig, output: Path, start: int = 0) -> None:
+    """Train all stages from the one after ``start``, each from what the one before it stored, into ``output``."""
+    folders = [*(output.with_name(f"{output.name}-{k + 1}") for k in range(len(REASONING_STEPS))), output]
+    if start == 0:
+        save(train(config, STEPS), build_processor(), folders[0])
+    for number, steps in enumerate(REASONING_STEPS):
+        if number + 1 >= start:
+            save(reason(load(folders[number])[0], config, steps, number), build_processor(), folders[number + 1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder; results go beside it as .json")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--reasoning-steps", type=int, default=REASONING_STEPS)
-    parser.add_argument("--first-stage", type=Path, help="a folder that stage 1 wrote: only stage 2 is run")
+    parser.add_argument("--work", type=Path, default=Path("build/judge"), help="where the stages before the last go")
+    parser.add_argument("--start", type=int, default=0, help="stages that WORK-1, WORK-2 ... hold already")
     parser.add_argument("--seed", type=int, default=JudgeConfig.seed)
     parser.add_argument("--pairs", type=int, default=600, help="for the evaluation at the end")
     parser.add_argument("--threads", type=int, default=1, help="the weights depend on it in the last digits")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config, started = JudgeConfig(seed=arguments.seed), time.monotonic()
-    first_stage: Path = arguments.first_stage or arguments.output.with_name(f"{arguments.output.name}-stage-1")
-    if arguments.first_stage is None:
-        save(train(config, arguments.steps), build_processor(), first_stage)
-    model = reason(load(first_stage)[0], config, arguments.reasoning_steps)
+    stages(config, arguments.work, arguments.start)
     seconds = round(time.monotonic() - started)
-    save(model, build_processor(), arguments.output)
+    model, processor = load(arguments.work)
+    save(model, processor, arguments.output)
     report = evaluate(*load(arguments.output), count=arguments.pairs)
-    steps = {"steps": arguments.steps, "reasoning_steps": arguments.reasoning_steps}
+    steps = {"steps": STEPS, "reasoning_steps": REASONING_STEPS, "stages_before": arguments.start}
     record = {**asdict(config), **steps, "seconds": seconds, "threads": arguments.threads}
     text = json.dumps({**report, "training": {**record, "torch": torch.__version__}}, indent=1)
     arguments.output.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")
