@@ -21,12 +21,11 @@ from models.base import (
     Sample,
     WeightsError,
 )
-from models.judge import ChatModel, Comparison, Turn
-from models.judging.chat_judge import COMMON_OPTIONS, WRITING_OPTIONS, YES_NO, ChatJudge, Question, images_of
+from models.judge import ChatModel
+from models.judging.chat_judge import COMMON_OPTIONS, WRITING_OPTIONS, YES_NO
+from models.judging.image_pair import ImagePairJudge
 from models.judging.pairs import parse_think
 from models.judging.readings import pair_reader
-from models.judging.templates import Template
-from models.judging.turns import lay_out
 from models.registry import register
 from models.shapes.world import Scene, SceneObject, render
 
@@ -35,7 +34,7 @@ TEMPLATES = {"yes_no": "shapes_judge_yes_no", "think": "shapes_judge"}
 
 
 @register("shapes-judge")
-class ShapesJudge(ChatJudge):
+class ShapesJudge(ImagePairJudge):
     """P(the first picture shows better what the prompt asks for).
 
     The option ``mode`` is "yes_no" (the default: graded, one forward, differentiable; "yes" is said of the second
@@ -95,14 +94,6 @@ class ShapesJudge(ChatJudge):
             torch.manual_seed(0)
             save(build_model(processor.tokenizer), processor, folder / "judge")
         return LoadOptions(weights=str(folder / "judge"))
-
-    @property
-    def templates(self) -> tuple[Template, ...]:
-        return (self.template,)
-
-    def ask(self, comparison: Comparison) -> tuple[Question, ...]:
-        parts = lay_out(self.template, images_of(comparison, self.info.name), prompt=comparison.prompt)
-        return (Question(Turn(parts, system=self.system), self._read),)
 
     def canary(self) -> Sample:
         circle, square = SceneObject("circle", "red", (1, 0)), SceneObject("square", "blue", (1, 2))

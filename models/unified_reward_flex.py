@@ -5,27 +5,22 @@ from __future__ import annotations
 from typing import ClassVar
 
 from models.base import Calibration, LoadOptions, RewardInfo, WeightSource
-from models.judge import Comparison, Turn
 from models.judging.chat_judge import (
     CHAT_FILES,
     COMMON_OPTIONS,
     LOCAL_OPTIONS,
     WRITING_OPTIONS,
-    ChatJudge,
-    Question,
-    images_of,
 )
 from models.judging.flex import parse_flex
+from models.judging.image_pair import ImagePairJudge
 from models.judging.readings import CATEGORY_OUTPUTS, flex_reader
-from models.judging.templates import Template
-from models.judging.turns import lay_out
 from models.registry import register
 
 WEIGHTS = WeightSource("hf:CodeGoat24/UnifiedReward-Flex-qwen3vl-8b", files=CHAT_FILES)
 
 
 @register("unified-reward-flex")
-class UnifiedRewardFlex(ChatJudge):
+class UnifiedRewardFlex(ImagePairJudge):
     """Which of two images is better overall; the outputs are the same of its first three categories, by place.
 
     A category that names no winner has no output. ``details``: ``categories`` under the names that the judge gave them,
@@ -55,11 +50,3 @@ class UnifiedRewardFlex(ChatJudge):
     def __init__(self, options: LoadOptions) -> None:
         self.template = self.read_options(options).template("template", "flex_pair")
         super().__init__(options)
-
-    @property
-    def templates(self) -> tuple[Template, ...]:
-        return (self.template,)
-
-    def ask(self, comparison: Comparison) -> tuple[Question, ...]:
-        parts = lay_out(self.template, images_of(comparison, self.info.name), prompt=comparison.prompt)
-        return (Question(Turn(parts, system=self.system), self._read),)

@@ -9,20 +9,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from models.base import Calibration, LoadOptions, RewardInfo, WeightsError, WeightSource
-from models.judge import ChatModel, Comparison, Turn
+from models.judge import ChatModel
 from models.judging.chat_judge import (
     CHAT_FILES,
     COMMON_OPTIONS,
     LOCAL_OPTIONS,
     WRITING_OPTIONS,
-    ChatJudge,
-    Question,
-    images_of,
 )
+from models.judging.image_pair import ImagePairJudge
 from models.judging.pairs import parse_think
 from models.judging.readings import pair_reader
-from models.judging.templates import Template
-from models.judging.turns import lay_out
 from models.registry import register
 
 WEIGHTS = WeightSource("hf:CodeGoat24/UnifiedReward-Think-qwen3vl-8b", files=CHAT_FILES)
@@ -30,7 +26,7 @@ TEMPLATES = {"qwen3vl": "think_qwen3vl", "v1": "think_v1"}
 
 
 @register("unified-reward-think")
-class UnifiedRewardThink(ChatJudge):
+class UnifiedRewardThink(ImagePairJudge):
     """Which of two images is better, 1 or 0, after reasons, which are in the details."""
 
     info: ClassVar[RewardInfo] = RewardInfo(
@@ -66,11 +62,3 @@ class UnifiedRewardThink(ChatJudge):
                 f"models.{self.info.name}.weights (published: hf:CodeGoat24/UnifiedReward-Think-qwen-7b)"
             )
         return super().local_chat(options)
-
-    @property
-    def templates(self) -> tuple[Template, ...]:
-        return (self.template,)
-
-    def ask(self, comparison: Comparison) -> tuple[Question, ...]:
-        parts = lay_out(self.template, images_of(comparison, self.info.name), prompt=comparison.prompt)
-        return (Question(Turn(parts, system=self.system), self._read),)
