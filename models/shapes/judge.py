@@ -20,6 +20,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from models.backbones.qwen2_vl_tokenizer import CONTROL_TOKENS, IMAGE_TOKEN, PAD_TOKEN
 from models.shapes.judge_text import WORDS
+from models.shapes.merges import word_merges
 
 DIRECTORY = Path(__file__).parent / "weights" / "judge"
 IMAGE_SIZE = 64
@@ -46,25 +47,12 @@ CHAT_TEMPLATE = (
 _PIECES = r"</?\p{L}+>\n?| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
-def _merges(words: tuple[str, ...], letters: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make each word one token; later ones have a lower rank and undo no earlier word."""
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        while True:
-            known = dict.fromkeys([*letters, *map("".join, merges)])
-            pieces = [token.value for token in BPE({piece: i for i, piece in enumerate(known)}, merges).tokenize(word)]
-            if len(pieces) == 1:
-                break
-            merges.append((pieces[0], pieces[1]))
-    return merges
-
-
 def build_tokenizer() -> Any:
     """Byte-level BPE over the words of the world's language, and the control tokens of Qwen2-VL."""
     letters = sorted(ByteLevel.alphabet())
     to_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
     words = tuple(to_bytes.pre_tokenize_str(word)[0][0] for word in WORDS)
-    merges = _merges(words, letters)
+    merges = word_merges(words, letters)
     vocabulary = dict.fromkeys([*letters, *map("".join, merges)])
     tokenizer = Tokenizer(BPE({piece: i for i, piece in enumerate(vocabulary)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_PIECES), "isolated"), to_bytes])

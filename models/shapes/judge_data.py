@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.backbones.qwen2_vl_tokenizer import IMAGE_TOKEN
 from models.shapes.judge import END_TOKEN, IMAGE_TOKENS, chat_text, image_positions
-from models.shapes.judge_text import DESCRIBE, describe, points, think_answer, weighted_answer
+from models.shapes.judge_text import DESCRIBE, KNOWN, describe, points, think_answer, weighted_answer
 from models.shapes.preferences import TASK_WEIGHTS, Picture, draw, random_picture
 from models.shapes.prompts import TASKS, Prompt
 from models.shapes.scenes import Split, near_miss, random_prompt, random_scene, right_scene, truth
@@ -85,27 +85,10 @@ VERDICT_WEIGHT = 4.0
 def examples(processor: Any, asked: list[str], answers: list[str], images: list[Any], per_row: int) -> Examples:
     """Rows of ``per_row`` images each, a question, and an answer."""
     tokenizer = processor.tokenizer
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    rows: list[list[int]] = []
-    starts: list[int] = []
-    for question, answer in zip(asked, answers, strict=True):
-        opening = _expand(tokenizer(chat_text([*[None] * per_row, question])).input_ids, image_id)
-        rows.append(opening + tokenizer(answer + END_TOKEN).input_ids)
-        starts.append(len(opening))
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    targets, weights = torch.full((len(rows), length), IGNORED), torch.zeros(len(rows), length)
     digits = set(tokenizer(" 0 1 2 3 4 5 6 7 8 9 0 1 2 yes no").input_ids)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        # A position predicts the token after it.
-        targets[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
-        heavy = [VERDICT_WEIGHT if token in digits else 1.0 for token in row[start:]]
-        weights[i, start - 1 : len(row) - 1] = torch.tensor(heavy)
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    return Examples(
-        ids, targets, weights, image_positions(ids, image_id), pixels.view(len(images), -1, pixels.shape[-1])
-    )
+    told = [tokenizer(answer + END_TOKEN).input_ids for answer in answers]
+    weights = [[VERDICT_WEIGHT if token in digits else 1.0 for token in answer] for answer in told]
+    return _padded(processor, asked, told, weights, images, per_row)
 
 
 def weighted_examples(
@@ -113,24 +96,36 @@ def weighted_examples(
 ) -> Examples:
     """As :func:`examples`, with answers in pieces that say how much they count; without images (``per_row`` 0) the
     question is asked in words alone."""
+    told: list[list[int]] = []
+    weights: list[list[float]] = []
+    for pieces in answers:
+        ids = [(processor.tokenizer(text).input_ids, weight) for text, weight in [*pieces, (END_TOKEN, KNOWN)]]
+        told.append([token for tokens, _ in ids for token in tokens])
+        weights.append([weight for tokens, weight in ids for _ in tokens])
+    return _padded(processor, asked, told, weights, images, per_row)
+
+
+def _padded(
+    processor: Any,
+    asked: list[str],
+    answers: list[list[int]],
+    counts: list[list[float]],
+    images: list[Any],
+    per_row: int,
+) -> Examples:
+    """Questions and the tokens of their answers, which count as told, in rows of equal length."""
     tokenizer = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    rows: list[list[int]] = []
-    counts: list[list[float]] = []
-    for question, pieces in zip(asked, answers, strict=True):
-        opening = _expand(tokenizer(chat_text([*[None] * per_row, question])).input_ids, image_id)
-        told = [(tokenizer(text).input_ids, weight) for text, weight in [*pieces, (END_TOKEN, 0.1)]]
-        rows.append(opening + [token for ids, _ in told for token in ids])
-        counts.append([0.0] * len(opening) + [weight for ids, weight in told for _ in ids])
+    openings = [_expand(tokenizer(chat_text([*[None] * per_row, text])).input_ids, image_id) for text in asked]
+    rows = [opening + answer for opening, answer in zip(openings, answers, strict=True)]
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
     targets, weights = torch.full((len(rows), length), IGNORED), torch.zeros(len(rows), length)
-    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+    for i, (row, opening, answer) in enumerate(zip(rows, openings, answers, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
-        start = count.index(next(weight for weight in count if weight))
         # A position predicts the token after it.
-        targets[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
-        weights[i, start - 1 : len(row) - 1] = torch.tensor(count[start:])
+        targets[i, len(opening) - 1 : len(row) - 1] = torch.tensor(answer)
+        weights[i, len(opening) - 1 : len(row) - 1] = torch.tensor(counts[i])
     patches = torch.zeros(0, 0, 0)
     if images:
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -138,27 +133,32 @@ def weighted_examples(
     return Examples(ids, targets, weights, image_positions(ids, image_id), patches)
 
 
+def _questions(pairs: list[ScenePair], question: str) -> list[str]:
+    return [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
+
+
+def _drawn(pairs: list[ScenePair], rng: np.random.Generator) -> list[Any]:
+    return draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
+
+
 def reasoning_examples(
     processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator, *, with_images: bool
 ) -> Examples:
     """UnifiedReward-Think's form with the weight on what follows from the descriptions. Without images only that can be
     learned, for a small part of the work: what is seen counts for nothing then."""
-    asked = [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
+    asked = _questions(pairs, question)
     answers = [weighted_answer(pair.prompt, pair.scenes) for pair in pairs]
     if with_images:
-        images = draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
-        return weighted_examples(processor, asked, answers, images, 2)
-    blind = [[(text, 0.0 if weight == 0.1 else weight) for text, weight in pieces] for pieces in answers]
-    # The first piece must count, for the answer to have a beginning.
+        return weighted_examples(processor, asked, answers, _drawn(pairs, rng), 2)
+    blind = [[(text, 0.0 if weight == KNOWN else weight) for text, weight in pieces] for pieces in answers]
+    # All but nothing, and part of what the stored weights were trained with.
     return weighted_examples(processor, asked, [[(row[0][0], 1e-3), *row[1:]] for row in blind], [], 0)
 
 
 def deciding_examples(processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator) -> Examples:
     """RewardDance's form with the weight on its one word."""
-    images = draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
-    asked = [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
     answers = [[("no" if pair.first_is_better else "yes", 1.0)] for pair in pairs]
-    return weighted_examples(processor, asked, answers, images, 2)
+    return weighted_examples(processor, _questions(pairs, question), answers, _drawn(pairs, rng), 2)
 
 
 def _expand(ids: list[int], image_id: int) -> list[int]:
@@ -167,16 +167,14 @@ def _expand(ids: list[int], image_id: int) -> list[int]:
 
 def think_examples(processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator) -> Examples:
     """UnifiedReward-Think's form: reasons, then the verdict."""
-    images = draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
-    asked = [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
-    return examples(processor, asked, [think_answer(pair.prompt, pair.scenes) for pair in pairs], images, 2)
+    answers = [think_answer(pair.prompt, pair.scenes) for pair in pairs]
+    return examples(processor, _questions(pairs, question), answers, _drawn(pairs, rng), 2)
 
 
 def yes_no_examples(processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator) -> Examples:
     """RewardDance's form: whether image 2 is better than image 1."""
-    images = draw(pictures_of([scene for pair in pairs for scene in pair.scenes], rng), rng)
-    asked = [question.replace("{prompt}", pair.prompt.text) for pair in pairs]
-    return examples(processor, asked, ["no" if pair.first_is_better else "yes" for pair in pairs], images, 2)
+    answers = ["no" if pair.first_is_better else "yes" for pair in pairs]
+    return examples(processor, _questions(pairs, question), answers, _drawn(pairs, rng), 2)
 
 
 def describe_examples(processor: Any, scenes: list[Scene], rng: np.random.Generator) -> Examples:

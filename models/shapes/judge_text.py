@@ -13,6 +13,8 @@ from models.shapes.world import COLORS, SHAPES, Scene
 BEST = 10
 """The score of a picture that shows what is asked for and nothing else."""
 DESCRIBE = "Describe the image."
+KNOWN = 0.1
+"""Weight, in the last stage of training, of what is known by then: what is seen, and the form of the answer."""
 
 _NOUNS = tuple(Include(shape).noun(count) for shape in SHAPES for count in (1, 2))
 _PLAIN = (
@@ -64,17 +66,23 @@ def weighted_answer(prompt: Prompt, scenes: tuple[Scene, Scene]) -> list[tuple[s
     """:func:`think_answer` in pieces, and how much each counts in the last stage of training: what is seen is known by
     then, what follows from it is not."""
     first, second = (points(prompt, truth(scene)) for scene in scenes)
-    pieces = [("<think>\n", 0.1)]
+    pieces = [("<think>\n", KNOWN)]
     for number, scene in enumerate(scenes, start=1):
         found = truth(scene)
         pieces += [
-            (f"Image {number}: {describe(scene)}", 0.1),
+            (f"Image {number}: {describe(scene)}", KNOWN),
             (f" {explain(prompt, found)}.", 1.0),
             (f" {points(prompt, found)}/{BEST}", 2.0),
-            ("\n", 0.1),
+            ("\n", KNOWN),
         ]
     winner = 1 if first > second else 2
-    return [*pieces, ("</think>\n", 0.1), ("<answer>Image", 0.1), (f" {winner}", 4.0), (" is better</answer>", 0.1)]
+    return [
+        *pieces,
+        ("</think>\n", KNOWN),
+        ("<answer>Image", KNOWN),
+        (f" {winner}", 4.0),
+        (" is better</answer>", KNOWN),
+    ]
 
 
 def check_reasons(said: str, prompt: Prompt, scenes: tuple[Scene, Scene]) -> list[bool]:

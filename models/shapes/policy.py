@@ -19,11 +19,11 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from models.shapes.merges import word_merges
 from models.shapes.prompts import COUNTS, Include
 from models.shapes.world import COLORS, SHAPES
 
@@ -52,28 +52,12 @@ _END_OF_WORD = "</w>"
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
-def _merges(words: Sequence[str], vocabulary: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make each word one token: a word's pieces under the merges so far are joined from the
-    left. Later merges have a lower rank, so they never undo an earlier word; unlike a trainer that breaks ties at
-    random, the same words give the same merges."""
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        while True:
-            known = dict.fromkeys([*vocabulary, *map("".join, merges)])
-            model = BPE({piece: i for i, piece in enumerate(known)}, merges, end_of_word_suffix=_END_OF_WORD)
-            pieces = [token.value for token in model.tokenize(word)]
-            if len(pieces) == 1:
-                break
-            merges.append((pieces[0], pieces[1]))
-    return merges
-
-
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer over the grammar's words: each of them is one token, any other text falls apart into
     pieces. Padding is the end token; ``model_max_length`` is ``TEXT_LENGTH``."""
     alphabet = sorted(ByteLevel.alphabet())
     letters = [*alphabet, *(letter + _END_OF_WORD for letter in alphabet)]
-    merges = _merges(_WORDS, letters)
+    merges = word_merges(_WORDS, letters, _END_OF_WORD)
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*letters, *map("".join, merges), *_SPECIAL]))}
     # The annotation of CLIPTokenizer says strings; its BPE takes pairs.
     return CLIPTokenizer(vocab=vocabulary, merges=cast(Any, merges), model_max_length=TEXT_LENGTH)
