@@ -6,7 +6,6 @@ model's own checkpoint form; the accuracy afterwards is that of the checkpoint r
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -19,11 +18,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from models.base import LoadOptions, SampleError
 from models.fitting.fittable import Fittable
+from models.fitting.pair_scores import Agreement, PreparedPair, Scorer, agreement, temperature
 from models.fitting.preference_data import PreferenceRow, UnreadableRow, open_picture
 from models.fitting.preference_losses import preference_kl_loss, uncertainty_loss, weighted_mean
 from models.registry import load_model
@@ -32,8 +31,6 @@ from models.towers import HeadOutput, TowerInput, TowerReward
 What: TypeAlias = Literal["head", "lora", "all"]
 Loss: TypeAlias = Literal["bt", "kl", "uncertainty"]
 RECORD = "fit.json"
-TEMPERATURE_REACH = math.log(1e3)
-"""Temperatures are sought between 1/1000 and 1000."""
 
 
 class FitProblem(ValueError):
@@ -65,27 +62,6 @@ class FitConfig:
         counts = (self.epochs, self.batch, self.patience, self.lora_rank, self.lora_alpha)
         if min(counts) < 1 or not self.learning_rate > 0 or not 0 < self.held_out < 1 or not 0 <= self.warm_up < 1:
             raise FitProblem("counts are at least 1, the learning rate is positive, shares are between 0 and 1")
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedPair:
-    """Two images of one prompt, ready for the towers; ``label`` in [0, 1] is how far the first is preferred."""
-
-    first: TowerInput
-    second: TowerInput
-    label: float
-    weight: float
-    prompt: str
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Share of decided pairs whose preferred image has the higher score, and its 95 % interval (Wilson)."""
-
-    accuracy: float
-    low: float
-    high: float
-    pairs: int
 
 
 @dataclass(frozen=True)
@@ -122,10 +98,7 @@ def fit(
     fitted so, fewer than two prompts, or nothing but ties; WeightsError as the model's loading does.
     """
     torch.manual_seed(config.seed)
-    model = load_model(name, copy.copy(options))
-    if not isinstance(model, TowerReward) or model.dtype != torch.float32:
-        raise FitProblem(f"{name} is no reward model on towers: it has nothing that can be fitted here")
-    fittable = _fittable(model)
+    model, fittable = _load(name, options)
     if config.loss == "uncertainty" and "uncertainty" not in model.info.outputs:
         raise FitProblem(f"the uncertainty loss wants a model with an uncertainty (hpsv3); {name} has none")
     pairs, skipped = prepare(model, rows, track)
@@ -133,7 +106,7 @@ def fit(
     if shared := {pair.prompt for pair in held} & {pair.prompt for pair in taught}:
         raise FitProblem(f"{len(shared)} prompts are in the data and in the validation file, such as {min(shared)!r}")
     _check(taught, held)
-    scorer = _Scorer(model, fittable, config)
+    scorer = _scorer(model, fittable, config)
     before = agreement(scorer, held, config.batch)
     report(f"before: {before.accuracy:.4f} [{before.low:.4f}, {before.high:.4f}] of {before.pairs} held-out pairs")
     trained, merge = _trainable(fittable, config)
@@ -143,9 +116,8 @@ def fit(
     saved = fittable.save(out)
     again_options = {**options.options, **saved.options}
     saved = LoadOptions(options.device, torch.float32, saved.weights, again_options, options.weights_dir)
-    again = load_model(name, saved)
-    assert isinstance(again, TowerReward)
-    reloaded = _Scorer(again, _fittable(again), config)
+    again, as_saved = _load(name, saved)
+    reloaded = _scorer(again, as_saved, config)
     after = agreement(reloaded, held, config.batch)
     count = sum(parameter.numel() for parameter in trained)
     result = FitResult(before, after, temperature(reloaded, held, config.batch), best_epoch, count, skipped, saved)
@@ -153,11 +125,18 @@ def fit(
     return result
 
 
-def _fittable(model: TowerReward) -> Fittable:
+def _load(name: str, options: LoadOptions) -> tuple[TowerReward, Fittable]:
+    model = load_model(name, options)
+    if not isinstance(model, TowerReward) or model.dtype != torch.float32:
+        raise FitProblem(f"{name} is no reward model on towers: it has nothing that can be fitted here")
     try:
-        return model.fittable()
+        return model, model.fittable()
     except NotImplementedError as error:
-        raise FitProblem(f"{model.info.name} cannot be fitted") from error
+        raise FitProblem(f"{name} cannot be fitted") from error
+
+
+def _scorer(model: TowerReward, fittable: Fittable, config: FitConfig) -> Scorer:
+    return Scorer(model, keep_features=fittable.reads_features and config.train == "head")
 
 
 def prepare(
@@ -208,48 +187,6 @@ def _check(taught: Sequence[PreparedPair], held: Sequence[PreparedPair]) -> None
     for what, pairs in (("learn from", taught), ("hold out", held)):
         if not any(pair.label != 0.5 for pair in pairs):
             raise FitProblem(f"there is no decided pair to {what}")
-
-
-class _Scorer:
-    """Scores of prepared inputs; features are kept where only the head changes."""
-
-    def __init__(self, model: TowerReward, fittable: Fittable, config: FitConfig) -> None:
-        self.model, self.module = model, fittable.module
-        self._keep = fittable.reads_features and config.train == "head"
-        self._images: dict[str, Tensor] = {}
-        self._texts: dict[str, Tensor] = {}
-
-    def __call__(self, inputs: Sequence[TowerInput]) -> HeadOutput:
-        model = self.model
-        if self._keep:
-            with torch.no_grad():
-                images = torch.stack([self._image(entry) for entry in inputs])
-                texts = torch.stack([self._text(entry) for entry in inputs])
-            return model.head(images, texts)
-        scores: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        groups: dict[Any, list[int]] = {}
-        for place, entry in enumerate(inputs):
-            groups.setdefault((entry.pixels.shape, entry.tokens.shape), []).append(place)
-        for places in groups.values():
-            pixels = torch.stack([inputs[place].pixels for place in places]).to(model.device)
-            tokens = torch.stack([inputs[place].tokens for place in places]).to(model.device)
-            head = model.head(model.encode_image(model.normalize(pixels)), model.encode_text(tokens))
-            for row, place in enumerate(places):
-                scores[place] = head.score_B[row], {name: values[row] for name, values in head.outputs.items()}
-        ordered = [scores[place] for place in range(len(inputs))]
-        outputs = {name: torch.stack([extra[name] for _, extra in ordered]) for name in ordered[0][1]}
-        return HeadOutput(torch.stack([score for score, _ in ordered]), outputs)
-
-    def _image(self, entry: TowerInput) -> Tensor:
-        if entry.image_id not in self._images:
-            pixels = self.model.normalize(entry.pixels[None].to(self.model.device))
-            self._images[entry.image_id] = self.model.encode_image(pixels)[0]
-        return self._images[entry.image_id]
-
-    def _text(self, entry: TowerInput) -> Tensor:
-        if entry.text_id not in self._texts:
-            self._texts[entry.text_id] = self.model.encode_text(entry.tokens[None].to(self.model.device))[0]
-        return self._texts[entry.text_id]
 
 
 def pair_loss(both: HeadOutput, labels_B: Tensor, weights_B: Tensor, loss: Loss) -> Tensor:
@@ -321,7 +258,7 @@ def _with_adapters(
 
 
 def _train(
-    scorer: _Scorer,
+    scorer: Scorer,
     trained: list[nn.Parameter],
     taught: Sequence[PreparedPair],
     held: Sequence[PreparedPair],
@@ -361,7 +298,7 @@ def _train(
     return best_epoch
 
 
-def _batch_loss(scorer: _Scorer, batch: Sequence[PreparedPair], config: FitConfig) -> Tensor:
+def _batch_loss(scorer: Scorer, batch: Sequence[PreparedPair], config: FitConfig) -> Tensor:
     both = scorer([*(pair.first for pair in batch), *(pair.second for pair in batch)])
     labels = torch.tensor([pair.label for pair in batch], device=both.score_B.device)
     weights = torch.tensor([pair.weight for pair in batch], device=both.score_B.device)
@@ -373,42 +310,6 @@ def _batch_loss(scorer: _Scorer, batch: Sequence[PreparedPair], config: FitConfi
 def _schedule(step: int, steps: int, warm_up: float) -> float:
     rise = max(1.0, warm_up * steps)
     return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-@torch.no_grad()
-def differences(scorer: _Scorer, pairs: Sequence[PreparedPair], batch: int) -> Tensor:
-    """Score of the first image minus that of the second [pairs], float64."""
-    found = []
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        first, second = scorer([*(p.first for p in part), *(p.second for p in part)]).score_B.chunk(2)
-        found.append((first - second).double().cpu())
-    return torch.cat(found)
-
-
-def agreement(scorer: _Scorer, pairs: Sequence[PreparedPair], batch: int) -> Agreement:
-    """Of decided pairs; equal scores are wrong."""
-    decided = [pair for pair in pairs if pair.label != 0.5]
-    signs = torch.tensor([1.0 if pair.label > 0.5 else -1.0 for pair in decided], dtype=torch.float64)
-    right = int((differences(scorer, decided, batch) * signs > 0).sum())
-    count, z = len(decided), 1.959963985
-    share = right / count
-    center = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return Agreement(share, center - half, center + half, count)
-
-
-def temperature(scorer: _Scorer, pairs: Sequence[PreparedPair], batch: int) -> float | None:
-    """The temperature at which held-out pairs are likeliest under Bradley-Terry; None where there is no such."""
-    difference = differences(scorer, pairs, batch).numpy()
-    label = np.array([pair.label for pair in pairs])
-
-    def surprise(log_temperature: float) -> float:
-        margin = difference / math.exp(log_temperature)
-        return float(np.mean(np.logaddexp(0.0, -margin) * label + np.logaddexp(0.0, margin) * (1 - label)))
-
-    found = float(minimize_scalar(surprise, bounds=(-TEMPERATURE_REACH, TEMPERATURE_REACH), method="bounded").x)
-    return None if abs(found) > 0.98 * TEMPERATURE_REACH else math.exp(found)
 
 
 def _write_record(

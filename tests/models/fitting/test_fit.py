@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from PIL import Image
 
 import models.catalog  # noqa: F401
 from models.base import LoadOptions
-from models.fitting.fit import RECORD, FitConfig, FitProblem, FitResult, PreparedPair, fit, pair_loss, split
+from models.fitting.fit import RECORD, FitConfig, FitProblem, FitResult, fit, pair_loss, split
 from models.fitting.losses import bradley_terry_loss
+from models.fitting.pair_scores import PreparedPair
 from models.fitting.preference_data import PreferenceRow
 from models.fitting.preference_losses import uncertainty_loss
 from models.registry import get_model, load_model
@@ -23,12 +24,7 @@ from models.towers import HeadOutput, TowerInput, TowerReward
 PROMPTS = tuple(f"a photo of a red circle number {i}" for i in range(10))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
