@@ -1,6 +1,5 @@
 """GenEval from a picture to its score: tiny networks of the published structure, and stand-ins that see colours."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +27,7 @@ CLASS_OF = {"red": "apple", "green": "mouse", "blue": "car"}
 """What the stand-in detector takes a patch of colour for."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

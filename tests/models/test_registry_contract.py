@@ -5,7 +5,6 @@ classes. Samples are made for a model from its canary: its image and variants of
 that the embedded models understand. A model need not accept all of them, but it must score some.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -56,12 +55,7 @@ SENSITIVITY = 0.02
 """Least share of the spread over images and prompts that either of them alone must show."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True, eq=False)

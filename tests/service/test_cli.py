@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
 from service import cli
-from service.app import create_app
 from service.settings import Settings
+from tests.service.in_thread import served
 
 Run = Callable[..., Result]
 
@@ -30,20 +26,8 @@ def url() -> Iterator[str]:
         device="cpu",
         api_keys=["open sesame"],
     )
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, on_fatal=lambda reason: None), log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    end = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < end
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    with served(settings) as address:
+        yield address
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from typer.testing import CliRunner
@@ -19,12 +17,7 @@ from service.settings import Settings
 PROMPTS = tuple(f"a red circle number {i}" for i in range(8))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_pairs(folder: Path, count: int = 80, prompts: tuple[str, ...] = PROMPTS) -> Path:

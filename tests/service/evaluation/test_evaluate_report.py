@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import html.parser
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
-from service.app import create_app
 from service.settings import Settings
 from tests.models.fitting.preference_fixtures import (
     write_images,
@@ -25,6 +20,7 @@ from tests.service.evaluation.cases import (
     own_lines,
     results,
 )
+from tests.service.in_thread import served
 
 
 class Page(html.parser.HTMLParser):
@@ -143,20 +139,8 @@ def test_settings_and_weights_that_are_wrong_are_told(run: Run, tmp_path: Path, 
 @pytest.fixture
 def url() -> Iterator[str]:
     settings = Settings(models=["shapes-oracle"], device="cpu", api_keys=["open sesame"])  # type: ignore[arg-type]
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, on_fatal=lambda reason: None), log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    end = time.monotonic() + 60
-    while not server.started:
-        assert time.monotonic() < end
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    with served(settings) as address:
+        yield address
 
 
 def test_a_running_service_gives_the_same_numbers(run: Run, tmp_path: Path, pairs: Pairs, url: str) -> None:
