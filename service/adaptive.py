@@ -29,8 +29,11 @@ from service.bradley_terry import (
 )
 from service.tournament import JudgedComparison, Pair, validate_pairs
 
-COMPARISONS_PER_BIT = 1.2
-"""The default budget is this times N log2 N: what sorting N candidates by comparisons takes, and a fifth for noise."""
+COMPARISONS_PER_BIT, GRADED_PER_BIT = 1.2, 1.0
+"""The default budget is this times N log2 N: what sorting N candidates by comparisons takes, and a fifth for noise where
+answers are verdicts. A graded answer also says how far apart two candidates are."""
+VERDICT = 0.02
+"""A probability that is nearer than this to 0 or 1 says who is better and no more."""
 FIRST_ROUND = 2
 """How often each candidate is shown first, and how often second, in the first round."""
 ROUND = 1.0
@@ -39,9 +42,19 @@ GIVEN_UP_AFTER = 4
 """A candidate with so many failed comparisons and no answered one is not asked about again."""
 
 
-def default_budget(count: int) -> int:
-    """Comparisons of an adaptive tournament of ``count`` candidates: O(N log N), at most both orders of all pairs."""
-    return min(count * (count - 1), math.ceil(COMPARISONS_PER_BIT * count * math.log2(max(count, 2))))
+def default_budget(count: int, *, graded: bool = False) -> int:
+    """Comparisons of an adaptive tournament of ``count`` candidates: O(N log N), at most both orders of all pairs.
+
+    ``graded`` answers need fewer than verdicts do.
+    """
+    per_bit = GRADED_PER_BIT if graded else COMPARISONS_PER_BIT
+    return min(count * (count - 1), math.ceil(per_bit * count * math.log2(max(count, 2))))
+
+
+def are_graded(judged: Sequence[JudgedComparison]) -> bool:
+    """Whether most answers are more than a verdict."""
+    answers = [each.probability for each in judged if each.probability is not None]
+    return 2 * sum(VERDICT < answer < 1 - VERDICT for answer in answers) > len(answers)
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,9 @@ class Adaptive:
     Ask what :meth:`next_pairs` returns, all at once, and call it again with everything judged so far, failures
     included, until it returns nothing. It keeps no state: the same answers give the same next round.
 
-    ``count`` candidates; ``budget`` comparisons in all, failed ones included (default :func:`default_budget`; with
-    count * (count - 1) all pairs are asked in both orders). Raises ValueError for fewer than two candidates or a budget
+    ``count`` candidates; ``budget`` comparisons in all, failed ones included (default: at most :func:`default_budget`,
+    and that of graded answers where the first round's are; with count * (count - 1) all pairs are asked in both
+    orders). Raises ValueError for fewer than two candidates or a budget
     that cannot connect them.
     """
 
@@ -70,6 +84,7 @@ class Adaptive:
         self.count = count
         self.seed = seed
         self.budget = default_budget(count) if budget is None else min(budget, count * (count - 1))
+        self._by_default = budget is None
         if self.budget < count - 1:
             raise ValueError(f"{self.budget} comparisons cannot connect {count} candidates")
 
@@ -79,7 +94,7 @@ class Adaptive:
         ``judged``: every comparison asked so far. None of them is asked again, but the reverse of one may be. Raises
         :class:`service.tournament.PairError` for a comparison that is impossible.
         """
-        left = self.budget - len(judged)
+        left = self._left(judged)
         if left <= 0:
             return []
         if self.budget == self.count * (self.count - 1):
@@ -90,6 +105,14 @@ class Adaptive:
         if not judged:
             return sorted(_circulant(self.count, min(left, FIRST_ROUND * self.count), chooser))
         return sorted(_pick(_state(judged, self.count), _live(judged, self.count), self._round(left), chooser))
+
+    def _left(self, judged: Sequence[JudgedComparison]) -> int:
+        whole = self.budget == self.count * (self.count - 1)
+        if whole or not (self._by_default and are_graded(judged)):
+            return self.budget - len(judged)
+        left = default_budget(self.count, graded=True) - len(judged)
+        # What is less than half a round is not worth another one.
+        return left if left >= ROUND * self.count / 2 else 0
 
     def _round(self, left: int) -> int:
         """Rounds of about ROUND * N, all of nearly the same size, so that none is a small batch."""
