@@ -66,12 +66,14 @@ class Turn:
     """What a chat model is asked: one user turn of texts, images and videos in the order in which it sees them.
 
     ``system`` is a system text ("" leaves the checkpoint's own default), ``reply`` what the answer begins with. The
-    template of the chat is the checkpoint's.
+    template of the chat is the checkpoint's. ``independent``: its pictures do not see each other, which a checkpoint
+    must be trained for.
     """
 
     parts: tuple[Part, ...]
     system: str = ""
     reply: str = ""
+    independent: bool = False
 
 
 @dataclass(frozen=True)

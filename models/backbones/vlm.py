@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from models.backbones.vlm_families import Picture, deeper_layers, encode
+from models.backbones.vlm_families import Picture, deeper_layers, encode, only_at
+from models.backbones.vlm_independent import visible
 from models.backbones.vlm_inputs import LocalTurn, Preparation
 from models.base import LoadOptions, ModelError, SampleError
 from models.judge import Answer, FeatureStore, Generation, Turn, WordScores
@@ -201,8 +201,9 @@ class LocalChat:
     ) -> Tensor:
         """Rows of equal length through the language model: states [B, L, D].
 
-        ``cache`` holds what comes before, of which a row sees ``seen`` bool [B, K], itself included (None: all, in
-        causal order). ``visual``: which tokens are of pictures [B, L], and their deeper features [K - 1, n, D].
+        ``cache`` holds what comes before, of which a row sees ``seen`` bool [B, K], or each of its tokens [B, L, K],
+        itself included (None: all, in causal order). ``visual``: which tokens are of pictures [B, L], and their deeper
+        features [K - 1, n, D].
         """
         positions = positions_BPL.to(self.device)
         given: dict[str, Any] = {
@@ -211,7 +212,8 @@ class LocalChat:
         if seen is not None:
             # Additive: every implementation of attention reads it so.
             hidden = torch.zeros_like(seen, dtype=embeddings_BLD.dtype)
-            given["attention_mask"] = hidden.masked_fill(~seen, torch.finfo(hidden.dtype).min)[:, None, None]
+            hidden = hidden.masked_fill(~seen, torch.finfo(hidden.dtype).min)
+            given["attention_mask"] = hidden[:, None] if seen.ndim == 3 else hidden[:, None, None]
         if visual is not None and self._deep and visual[1].numel():
             given["visual_pos_masks"], given["deepstack_visual_embeds"] = visual[0], list(visual[1].unbind(0))
         out = self.model.model.language_model(
@@ -237,13 +239,32 @@ class LocalChat:
         return found
 
     def _prefix(self, turn: LocalTurn, features: dict[str, Tensor]) -> Tensor:
-        key = ("prefix", self.weights_hash, self.identity, self.dtype, turn.prefix)
+        if not turn.blocks:
+            return self._piece(turn, features, turn.prefix, 0, turn.cut)
+        head = self._piece(turn, features, turn.blocks[0].head, 0, turn.blocks[0].start)
+        own = [self._piece(turn, features, each.name, each.start, each.stop, head) for each in turn.blocks]
+        return torch.cat([head, *own], dim=3)
+
+    def _piece(
+        self,
+        turn: LocalTurn,
+        features: dict[str, Tensor],
+        name: Hashable,
+        start: int,
+        stop: int,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """Keys and values of the tokens start to stop, kept under ``name``; ``seen`` are those of what they see."""
+        key = ("prefix", self.weights_hash, self.identity, self.dtype, name)
         kept = self._prefixes.get(key)
         if kept is None:
-            cache = self.new_cache()
-            embeddings, visual, deeper = self.embed(turn, features, 0, turn.cut)
-            self.forward(embeddings[None], turn.positions[None, :, : turn.cut], cache, visual=(visual[None], deeper))
-            kept = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+            cache = self.new_cache() if seen is None else self.cache_of([seen])
+            embeddings, visual, deeper = self.embed(turn, features, start, stop)
+            place = turn.positions[None, :, start:stop]
+            self.forward(embeddings[None], place, cache, visual=(visual[None], deeper))
+            before = 0 if seen is None else seen.shape[3]
+            layers = [torch.stack([layer.keys[0], layer.values[0]])[:, :, before:] for layer in cache.layers]
+            kept = torch.stack(layers)
             self._prefixes.put(key, kept)
         return kept
 
@@ -302,32 +323,18 @@ class LocalChat:
             positions.append(torch.cat([place, place[:, -1:].expand(-1, short)], dim=1))
             last.append(len(own) - 1)
         rows = torch.arange(len(turns), device=self.device), torch.tensor(last, device=self.device)
-        with _only_at(self.model.model.language_model.layers[-1].mlp, rows):
+        # With a cut the blocks are in the cache already, and what follows them sees all of it.
+        apart = not cut and any(turn.blocks for turn in turns)
+        seen = torch.stack([visible(length, turn.blocks) for turn in turns]) if apart else None
+        with only_at(self.model.model.language_model.layers[-1].mlp, rows):
             states = self.forward(
                 torch.stack(embeddings),
                 torch.stack(positions),
                 cache,
+                seen=None if seen is None else seen.to(self.device),
                 visual=(torch.stack(visual), torch.cat(deeper, dim=1)),
             )
         return states[rows], cache, cut + length
-
-
-@contextmanager
-def _only_at(mlp: Any, places: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """Within it, the last layer's MLP computes only what is read: one token of each row. It makes no keys or values."""
-
-    def select(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        shape.append(inputs[0].shape)
-        return (inputs[0][places],)
-
-    def put_back(_: Any, __: Any, output: Tensor) -> Tensor:
-        whole = output.new_zeros(shape.pop())
-        whole[places] = output
-        return whole
-
-    shape: list[torch.Size] = []
-    with mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back):
-        yield
 
 
 def _word_scores(log_probs: list[float]) -> WordScores | SampleError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,3 +139,21 @@ def encode(model: Any, pixels: Tensor, picture: Picture) -> Tensor:
 
 def _deepstack(out: Any) -> Sequence[Any]:
     return getattr(out, "deepstack_features", None) or ()
+
+
+@contextmanager
+def only_at(mlp: Any, places: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Within it, the last layer's MLP computes only what is read: one token of each row. It makes no keys or values."""
+
+    def select(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shape.append(inputs[0].shape)
+        return (inputs[0][places],)
+
+    def put_back(_: Any, __: Any, output: Tensor) -> Tensor:
+        whole = output.new_zeros(shape.pop())
+        whole[places] = output
+        return whole
+
+    shape: list[torch.Size] = []
+    with mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back):
+        yield

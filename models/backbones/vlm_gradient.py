@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from models.backbones.vlm_families import encode
+from models.backbones.vlm_independent import visible
 from models.base import Candidate, ModelError, UnsupportedInput
 from models.judge import Turn, WordScores
 
@@ -47,7 +48,10 @@ def score_gradient(chat: LocalChat, turn: Turn, words: Sequence[str]) -> tuple[W
             with torch.set_grad_enabled(own):
                 features[picture.digest] = encode(exact.model, pixels, picture)
         embeddings, visual, deeper = exact.embed(prepared, features, 0, prepared.tokens)
-        states = exact.forward(embeddings[None], prepared.positions[None], None, visual=(visual[None], deeper))
+        seen = visible(prepared.tokens, prepared.blocks)[None].to(chat.device) if prepared.blocks else None
+        states = exact.forward(
+            embeddings[None], prepared.positions[None], None, seen=seen, visual=(visual[None], deeper)
+        )
         log_probs = exact.model.lm_head(states[0, -1]).float().log_softmax(-1)
         scores = torch.stack([log_probs[list(chat.spellings(word))].logsumexp(-1) for word in words])
         (gradient,) = torch.autograd.grad(scores.softmax(-1)[0], leaf)

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.backbones.vlm_families import Picture, process
+from models.backbones.vlm_independent import Block, place_blocks, split_blocks
 from models.base import Candidate, InputError
 from models.judge import Turn
 
@@ -31,7 +32,8 @@ Positions = Tensor
 @dataclass(frozen=True, eq=False)
 class LocalTurn:
     """A prepared turn: ids [L], positions, pictures in order, and ``cut``, the length of the beginning that may be
-    shared: all before the last picture's first token."""
+    shared: all before the last picture's first token. A turn of independent pictures has ``blocks`` and is cut after
+    the last of them."""
 
     ids: Tensor
     positions: Positions
@@ -39,6 +41,7 @@ class LocalTurn:
     cut: int
     prefix: Hashable
     warnings: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -83,10 +86,27 @@ class Preparation:
             raise InputError(
                 f"the turn has {len(ids)} tokens; the judge takes {self._max_tokens}", code="context_too_long"
             )
-        cut = self._cut(ids, pictures)
+        places, counts = self._places(ids, pictures)
+        if turn.independent and pictures:
+            return self._apart(ids, pictures, split_blocks(places, counts))
+        cut = places[-counts[-1]] if counts else 0
         seen = tuple((picture.digest, picture.seconds) for picture in pictures[:-1])
-        name = hashlib.blake2b(ids[:cut].numpy().tobytes(), digest_size=16).hexdigest()
-        return LocalTurn(ids, self._place(ids, pictures), pictures, cut, (name, seen))
+        return LocalTurn(ids, self._place(ids, pictures), pictures, cut, (_name(ids[:cut]), seen))
+
+    def _apart(self, ids: Tensor, pictures: tuple[Picture, ...], blocks: tuple[Block, ...]) -> LocalTurn:
+        """The turn of pictures that do not see each other."""
+        head = _name(ids[: blocks[0].start])
+        named = tuple(
+            replace(
+                block,
+                head=(head, ()),
+                name=(head, _name(ids[block.start : block.stop]), picture.digest, picture.seconds),
+            )
+            for block, picture in zip(blocks, pictures, strict=True)
+        )
+        positions = place_blocks(ids, blocks, lambda own, k: self._place(own, pictures[k : k + 1]))
+        cut, prefix = blocks[-1].stop, (head, tuple(block.name for block in named))
+        return LocalTurn(ids, positions, pictures, cut, prefix, blocks=named)
 
     def _pictures(self, turn: Turn) -> tuple[Picture, ...]:
         visual = [part for part in turn.parts if isinstance(part, Candidate)]
@@ -157,13 +177,13 @@ class Preparation:
         types = (ids == self._image_id).int()
         return types if self._video_id is None else types + 2 * (ids == self._video_id).int()
 
-    def _cut(self, ids: Tensor, pictures: Sequence[Picture]) -> int:
-        """Where the last picture's tokens begin. Raises InputError where there are others than the pictures' own."""
+    def _places(self, ids: Tensor, pictures: Sequence[Picture]) -> tuple[list[int], list[int]]:
+        """Where the pictures' tokens stand, and how many each has. Raises InputError where there are others."""
         places = self._visual(ids).nonzero().flatten().tolist()
         counts = [sum(picture.text.count(token) for token in self._tokens) for picture in pictures]
         if len(places) != sum(counts):
             raise InputError("the turn's text holds the token that stands for an image", code="reserved_token")
-        return int(places[-counts[-1]]) if counts else 0
+        return places, counts
 
     def _place(self, ids: Tensor, pictures: Sequence[Picture]) -> Positions:
         if self._positions is None:
@@ -179,6 +199,10 @@ class Preparation:
             **({"second_per_grid_ts": torch.tensor(seconds)} if seconds else {}),
         )[0]
         return positions[:, 0]
+
+
+def _name(ids: Tensor) -> str:
+    return hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _untruncated(tokenizer: Any) -> Any:
