@@ -30,8 +30,8 @@ from service.bradley_terry import (
 from service.tournament import JudgedComparison, Pair, validate_pairs
 
 COMPARISONS_PER_BIT, GRADED_PER_BIT = 1.2, 1.0
-"""The default budget is this times N log2 N: what sorting N candidates by comparisons takes, and a fifth for noise where
-answers are verdicts. A graded answer also says how far apart two candidates are."""
+"""The default budget is this times N log2 N: what sorting N candidates by comparisons takes, and a fifth for noise
+where answers are verdicts. A graded answer also says how far apart two candidates are."""
 VERDICT = 0.02
 """A probability that is nearer than this to 0 or 1 says who is better and no more."""
 FIRST_ROUND = 2

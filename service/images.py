@@ -27,11 +27,10 @@ from PIL import Image, ImageFile
 from PIL.Image import Transpose
 
 from models.base import InputError
-from service.image_headers import (
+from service.image_errors import (
     CorruptImage,
     DataUrlRefused,
     EmptyImage,
-    Header,
     ImageError,
     ImageOutOfMemory,
     ImageTooLarge,
@@ -44,8 +43,8 @@ from service.image_headers import (
     TruncatedImage,
     UnsupportedEncoding,
     UnsupportedFormat,
-    read_header,
 )
+from service.image_headers import Header, read_header
 
 __all__ = [
     "CorruptImage",

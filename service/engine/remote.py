@@ -21,7 +21,7 @@ from models.base import Candidate, InputError, ModelError, SampleError, Unsuppor
 from models.judge import Answer, FeatureStore, Generation, Turn, WordScores
 from service.engine.remote_answers import TOP_LOGPROBS, word_scores, written_answer
 from service.engine.remote_http import BACKOFF_S, Connection, Reply
-from service.settings import RemoteSettings
+from service.remote_settings import RemoteSettings
 
 VERSION = "1"
 """Of how a turn becomes a request: part of the fingerprint."""
@@ -125,8 +125,10 @@ class RemoteChat:
     def prepare(self, turn: Turn) -> RemoteTurn:
         """Thread-safe. Raises InputError: "invalid_unicode", "reserved_token", "video_unsupported".
 
-        "unsupported_input" for pixels whose gradient is asked for, and for a candidate in text.
+        "unsupported_input" for pixels whose gradient is asked for, for a candidate in text, and for independent images.
         """
+        if turn.independent:
+            raise UnsupportedInput("a server shows a turn's images to each other; independent ones are read here only")
         content: list[dict[str, Any]] = []
         names: list[str] = []
         tokens, cut = 0, 0

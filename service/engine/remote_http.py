@@ -22,7 +22,7 @@ import httpx
 
 from models.base import ModelError
 from service.engine.remote_answers import bad_answer
-from service.settings import RemoteSettings
+from service.remote_settings import RemoteSettings
 
 log = logging.getLogger(__name__)
 

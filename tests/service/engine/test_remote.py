@@ -24,7 +24,7 @@ from models.judge import Answer, AnswerError, ChatModel, Generation, Turn, WordS
 from service.engine.remote import RemoteChat, RemoteTurn
 from service.engine.remote_answers import word_scores
 from service.engine.remote_http import retry_after
-from service.settings import RemoteSettings
+from service.remote_settings import RemoteSettings
 from tests.service.engine.judge_server import (
     MODEL,
     Asked,
