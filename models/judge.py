@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class Preference:
     warnings: tuple[str, ...] = ()
 
 
+Place: TypeAlias = Literal["first", "second"]
+"""Of a candidate in a comparison."""
 Part: TypeAlias = str | Candidate | Tensor
 """Of a turn: text, an image or video, or float32 pixels [3, H, W] in [0, 1] whose gradient is asked for."""
 
@@ -220,10 +222,10 @@ class Judge(RewardModel):
         sample = self.canary()
         return Comparison(sample.prompt, sample.candidate, sample.candidate, sample.context, sample.metadata)
 
-    def gradient(self, comparison: Comparison, pixels: Tensor) -> tuple[Output, Tensor]:
-        """P(candidate preferred) and its gradient with respect to the candidate's ``pixels``.
+    def gradient(self, comparison: Comparison, pixels: Tensor, place: Place = "first") -> tuple[Output, Tensor]:
+        """P(first candidate preferred) and its gradient with respect to ``pixels``.
 
-        ``pixels`` float32 [3, H, W] in [0, 1] stand for ``comparison.first``, whose own content is not looked at. Only
-        judges whose ``info.differentiable`` says so.
+        ``pixels`` float32 [3, H, W] in [0, 1] stand for the candidate in ``place``, whose own content is not looked at.
+        Only judges whose ``info.differentiable`` says so.
         """
         raise UnsupportedInput(f"{self.info.name} gives no gradients")

@@ -30,7 +30,7 @@ from models.registry import register
 from models.shapes.world import Scene, SceneObject, render
 
 DIRECTORY = Path(__file__).parent / "shapes" / "weights" / "judge"
-TEMPLATES = {"yes_no": "shapes_judge_yes_no", "think": "shapes_judge"}
+TEMPLATES = {"yes_no": "shapes_judge_yes_no", "think": "shapes_judge", "text_first": "shapes_judge_text_first"}
 
 
 @register("shapes-judge")
@@ -38,7 +38,8 @@ class ShapesJudge(ImagePairJudge):
     """P(the first picture shows better what the prompt asks for).
 
     The option ``mode`` is "yes_no" (the default: graded, one forward, differentiable; "yes" is said of the second
-    picture) or "think": reasons and a verdict in words, as UnifiedReward-Think answers.
+    picture), "think" (reasons and a verdict in words, as UnifiedReward-Think answers), or "text_first": as yes_no, but
+    the prompt stands before the pictures, and these do not see each other: N pictures are read 2 N times in all.
     """
 
     info: ClassVar[RewardInfo] = RewardInfo(
@@ -66,9 +67,10 @@ class ShapesJudge(ImagePairJudge):
         own = self.read_options(options)
         mode = own.choice("mode", "yes_no", tuple(TEMPLATES))
         self.template = own.template("template", TEMPLATES[mode])
-        if mode == "yes_no":
+        if mode != "think":
             yes, no = YES_NO
             self.words = (no, yes)
+        self.independent_images = mode == "text_first"
         super().__init__(options)
 
     def local_chat(self, options: LoadOptions) -> ChatModel:

@@ -102,13 +102,16 @@ class UnifiedReward(ChatJudge):
         verified=False,
         outputs=("alignment", "coherence", "physics", "style"),
         sources=(WEIGHTS,),
-        options=("task", "version", "point_template", *COMMON_OPTIONS, *WRITING_OPTIONS, *LOCAL_OPTIONS),
+        options=("task", "version", "point_template", "pair_tiles", *COMMON_OPTIONS, *WRITING_OPTIONS, *LOCAL_OPTIONS),
     )
     pointwise: ClassVar[bool] = True
     max_tokens: ClassVar[int] = 4096
 
     def __init__(self, options: LoadOptions) -> None:
-        """``template`` replaces the text that compares, ``point_template`` the one that scores."""
+        """``template`` replaces the text that compares, ``point_template`` the one that scores.
+
+        With ``pair_tiles`` LLaVA sees both images of a pair in tiles, as in its authors' evaluation programs.
+        """
         own = self.read_options(options)
         self.task = own.choice("task", "image_generation", TASKS)
         self.answer_version = own.choice("version", "v2", tuple(VERSIONS))
@@ -117,9 +120,17 @@ class UnifiedReward(ChatJudge):
         self.pair_template = own.template("template", pair.template)
         if self.answer_version in LLAVA and self.task == "image_generation":
             self.point_template = marked(self.point_template)
+        if own.flag("pair_tiles", False):
+            self._check_tiles(options)
         self._read_point, self._read_pair = point.read, pair.read
         self._pictures = ContextPictures()
         super().__init__(options)
+
+    def _check_tiles(self, options: LoadOptions) -> None:
+        if self.answer_version not in LLAVA or self.task != "image_generation" or options.chat is not None:
+            raise ValueError(
+                f"the option pair_tiles of {self.info.name} is of {', '.join(LLAVA)} on this machine, comparing images"
+            )
 
     def local_chat(self, options: LoadOptions) -> ChatModel:
         """Raises :class:`WeightsError` too where another version is asked of the default weights."""

@@ -143,6 +143,7 @@ class ComparisonOut(Schema):
 
     The index after the last candidate is the item's reference. ``text`` (with ``explain``) holds the judge's answers in
     both orders, ``parse`` is "ok" or the code of what failed in one of them; ``error`` is there when both did.
+    ``parse_orders`` says the same of each order, null for one that was not asked.
     """
 
     i: int
@@ -151,6 +152,7 @@ class ComparisonOut(Schema):
     orders: tuple[float | None, float | None]
     text: list[str] | None = None
     parse: str
+    parse_orders: tuple[str | None, str | None]
     error: ErrorOut | None = None
 
 
@@ -185,10 +187,14 @@ class CompareResponse(Schema):
 
 
 class GradientRequest(Schema):
-    """The metadata ``request`` of a /gradient body: images name float32 [3, H, W] tensors in [0, 1], each once."""
+    """The metadata ``request`` of a /gradient body: images name float32 [3, H, W] tensors in [0, 1], each once.
+
+    ``both_orders``: a judge sees each image before the reference and after it, and the mean counts; else before it.
+    """
 
     models: dict[str, Weight] = Field(min_length=1, max_length=32)
     items: list[ItemIn] = Field(min_length=1)
+    both_orders: bool = True
     deadline_ms: int | None = Field(None, ge=1)
 
 

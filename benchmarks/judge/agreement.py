@@ -62,8 +62,8 @@ def agreement(probabilities: Probabilities, seed: int, budget: int | None = None
     return Agreement(len(judged), rounds, kendall_tau(few, every))
 
 
-def measure(groups: int, count: int) -> list[Agreement]:
-    """``groups`` groups of shapes-judge, each of one caption."""
-    judge = get_model("shapes-judge").load(LoadOptions())
+def measure(groups: int, count: int, mode: str) -> list[Agreement]:
+    """``groups`` groups of shapes-judge in one of its modes, each of one caption."""
+    judge = get_model("shapes-judge").load(LoadOptions(options={"mode": mode}))
     assert isinstance(judge, Judge)
     return [agreement(probabilities_of(judge, count, seed), seed) for seed in range(groups)]

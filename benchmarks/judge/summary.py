@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.judge.agreement import Agreement
-from benchmarks.judge.timing import Timing
+from benchmarks.judge.timing import IMAGES_FIRST, Timing
 from benchmarks.measures import ratio, verdict
 
 EXACT_TARGETS = {64: 4.0, 256: 6.0}
@@ -15,14 +15,17 @@ EXACT_TARGETS = {64: 4.0, 256: 6.0}
 ADAPTIVE_TARGET = 15.0
 TAU_TARGET = 0.9
 COLUMNS = (
-    "dtype", "tokens an image (a comparison)", "N", "one by one, ms (measured)", "all pairs, ms", "all pairs faster",
-    "largest difference of P", "adaptive comparisons", "adaptive faster",
+    "layout", "dtype", "tokens an image (a comparison)", "N", "one by one, ms (measured)", "all pairs, ms",
+    "all pairs faster", "largest difference of P", "adaptive comparisons", "adaptive faster",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement of ``count`` candidates: one by one (before and after the rest), all pairs, adaptive pairs."""
+    """One measurement of ``count`` candidates: one by one (before and after the rest), all pairs, adaptive pairs.
+
+    ``layout``: "images first", as published judges are asked, or "text first", with images that do not see each other.
+    """
 
     count: int
     tokens: int
@@ -30,6 +33,7 @@ class Case:
     naive: tuple[Timing, Timing]
     every: Timing
     few: Timing
+    layout: str = IMAGES_FIRST
 
     @property
     def naive_pairs(self) -> int:
@@ -62,11 +66,12 @@ class Case:
 
     def target(self) -> float | None:
         """Of ``exact_ratio``."""
-        return EXACT_TARGETS.get(self.tokens) if (self.count, self.dtype) == (24, "bfloat16") else None
+        asked = (self.layout, self.count, self.dtype) == (IMAGES_FIRST, 24, "bfloat16")
+        return EXACT_TARGETS.get(self.tokens) if asked else None
 
     def line(self) -> str:
         return (
-            f"{self.dtype} N={self.count} {self.tokens} tokens: naive {1000 * self.naive_each:.0f} ms, "
+            f"{self.layout}, {self.dtype} N={self.count} {self.tokens} tokens: naive {1000 * self.naive_each:.0f} ms, "
             f"all pairs {1000 * self.every.each:.0f} ms ({self.exact_ratio:.1f}x), adaptive {self.adaptive_ratio:.1f}x"
         )
 
@@ -92,17 +97,25 @@ def _case_row(case: Case) -> str:
     if case.target() is not None:
         adaptive += f" (≥ {ADAPTIVE_TARGET:g}: {verdict(case.adaptive_ratio, ADAPTIVE_TARGET)})"
     return (
-        f"| {case.dtype} | {case.tokens} ({case.every.tokens}) | {case.count} | "
+        f"| {case.layout} | {case.dtype} | {case.tokens} ({case.every.tokens}) | {case.count} | "
         f"{1000 * case.naive_each:.0f} ({case.naive_pairs}) | "
         f"{1000 * case.every.each:.0f} | {exact} | {case.difference:.1g} | "
         f"{len(case.few.probabilities)} of {case.count * (case.count - 1)} | {adaptive} |"
     )
 
 
-def markdown(cases: Sequence[Case], found: Sequence[Agreement], about: dict[str, Any]) -> str:
-    """The report: costs, where the time goes, and what adaptive pairs lose."""
+def _agreement_line(mode: str, found: Sequence[Agreement]) -> str:
     taus = [each.tau for each in found]
-    asked = mean([each.comparisons for each in found])
+    return (
+        f"- Adaptive pairs of `shapes-judge` ({mode}), {len(found)} captions: Kendall tau to all pairs in both orders "
+        f"{mean(taus):.3f} (least {min(taus):.2f}) with {mean([each.comparisons for each in found]):.0f} comparisons "
+        f"in {max(each.rounds for each in found)} rounds; "
+        f"target ≥ {TAU_TARGET:g}: {verdict(mean(taus), TAU_TARGET)}."
+    )
+
+
+def markdown(cases: Sequence[Case], found: Mapping[str, Sequence[Agreement]], about: dict[str, Any]) -> str:
+    """The report: costs, where the time goes, and by the judge's mode what adaptive pairs lose."""
     lines = [
         "<!-- written by python -m benchmarks.judge; definitions: benchmarks/README.md -->",
         "",
@@ -111,18 +124,16 @@ def markdown(cases: Sequence[Case], found: Sequence[Agreement], about: dict[str,
         + (". **Measured under load: other programs ran; not a final number.**" if about["under_load"] else "."),
         "",
         "| " + " | ".join(COLUMNS) + " |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *map(_case_row, cases),
         "",
-        (
-            f"Adaptive pairs of `shapes-judge`, {len(found)} captions: Kendall tau to all pairs in both orders "
-            f"{mean(taus):.3f} (least {min(taus):.2f}) with {asked:.0f} comparisons "
-            f"in {max(each.rounds for each in found)} rounds; "
-            f"target ≥ {TAU_TARGET:g}: {verdict(mean(taus), TAU_TARGET)}."
-        ),
+        *(_agreement_line(mode, agreements) for mode, agreements in found.items()),
         "",
         "Where the time of all pairs goes:",
         "",
-        *(f"- {each.dtype}, {each.tokens} tokens, N = {each.count}: {shares(each.every.parts)}" for each in cases),
+        *(
+            f"- {each.layout}, {each.dtype}, {each.tokens} tokens, N = {each.count}: {shares(each.every.parts)}"
+            for each in cases
+        ),
     ]
     return "\n".join(lines) + "\n"

@@ -32,6 +32,9 @@ SIDES = {64: 224, 256: 448}
 JUDGE = "shapes-judge"
 """Its question: both images, then a short text (reads the first token of the answer), as published judges lay it out.
 The random network's small tokenizer would make several times as many tokens of a longer text as a true one does."""
+IMAGES_FIRST, TEXT_FIRST = "images first", "text first"
+MODES = {IMAGES_FIRST: "yes_no", TEXT_FIRST: "text_first"}
+"""Modes of the judge by what stands first in its question; with the text first the images do not see each other."""
 CAPTION = "a photo of a red circle left of a blue square"
 ROWS = 8
 _ROOM = 8 << 30
@@ -115,10 +118,10 @@ class Timing:
         return self.seconds / len(self.probabilities)
 
 
-def group_of(model: Any, processor: Any, count: int, tokens: int, *, shared: bool) -> Group:
+def group_of(model: Any, processor: Any, count: int, tokens: int, *, shared: bool, layout: str = IMAGES_FIRST) -> Group:
     """``count`` crops of photographs of ``tokens`` tokens each; not ``shared``: the same chat with its caches off."""
     chat = TimedChat(model, processor, share_features=shared, share_prefixes=shared, rows=ROWS if shared else 1)
-    judge = get_model(JUDGE).load(LoadOptions(chat=chat))
+    judge = get_model(JUDGE).load(LoadOptions(chat=chat, options={"mode": MODES[layout]}))
     assert isinstance(judge, Judge)
     images = [PILImage.fromarray(crop) for crop in samples.crops(count, SIDES[tokens], seed=tokens)]
     candidates = [Candidate(image=image, digest=f"{tokens}/{i}") for i, image in enumerate(images)]

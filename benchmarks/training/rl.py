@@ -54,7 +54,8 @@ def evaluated(folder: Path, step: int) -> dict[str, Scores]:
 def run_once(plan: Plan, url: str, steps: int, seed: int, folder: Path) -> Outcome:
     """Train, unless the folder holds the finished run; raises RuntimeError with the end of its log when it fails."""
     last = folder / "samples" / f"step-{steps:08d}" / "samples.json"
-    plain = json.dumps(plan.configuration("", steps, seed), sort_keys=True)
+    # A clone that has moved has the same runs.
+    plain = json.dumps(plan.configuration("", steps, seed), sort_keys=True).replace(str(ROOT), "")
     made_by = folder.with_suffix(".json")
     if made_by.exists() and made_by.read_text(encoding="utf-8") != plain:
         raise RuntimeError(f"{folder} is a run with other settings: remove it, or take another folder (--out)")

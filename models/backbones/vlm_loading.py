@@ -12,6 +12,7 @@ import torch
 from PIL import Image as PILImage
 
 from models.backbones.hf import quiet
+from models.backbones.llava_original import cut_every_image, is_original, load_original
 from models.backbones.qwen2_vl_tokenizer import train_tokenizer
 from models.base import Candidate, LoadOptions, WeightsError
 from models.judge import Turn
@@ -35,47 +36,42 @@ _IDENTITY_FILES = ("chat_template.jinja", "chat_template.json", "preprocessor_co
 
 
 def load_chat(folder: Path, options: LoadOptions) -> LocalChat:
-    """The chat model of a folder in transformers' form, without running its code.
+    """The chat model of a folder in transformers' form or LLaVA's own, without running its code.
 
     ``options.options`` may hold ``min_pixels`` and ``max_pixels``, the area of a resized image in place of the
-    processor's own (Qwen families). Raises :class:`WeightsError` for a folder that is none, another family, weights
-    that are quantised or no safetensors, tensors that are missing or do not fit, and a processor without a chat
-    template that shows images.
+    processor's own (Qwen families), and ``pair_tiles`` (LLaVA-OneVision: each of several images is cut into tiles).
+    Raises :class:`WeightsError` for a folder that is none, another family, weights that are quantised or no
+    safetensors, tensors that are missing or do not fit, and a processor without a chat template that shows images;
+    ValueError for an option that the processor does not have.
     """
-    import transformers
-
     from models.backbones.vlm import LocalChat
 
-    _check_family(folder)
+    config = _config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"{folder} holds no .safetensors; other forms of weights are not read for judges")
-    library: Any = transformers
     try:
         with quiet():
-            processor = library.AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model, report = library.AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=options.dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            if is_original(config):
+                model, processor = load_original(folder, files, config, options.dtype)
+            else:
+                model, processor = _load(folder, options.dtype)
+    except WeightsError as error:
+        raise WeightsError(f"{folder} cannot be loaded: {error}") from error
     except Exception as error:  # whatever damaged files make three libraries raise
         raise WeightsError(f"{folder} cannot be read by transformers: {_told(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise WeightsError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
     if not getattr(processor, "chat_template", None):
         raise WeightsError(f"the processor in {folder} has no chat template")
     pixels = _set_pixels(processor, options.options)
+    if options.options.get("pair_tiles"):
+        cut_every_image(processor)
+        pixels["pair_tiles"] = True
     most = getattr(config_of(model), "max_position_embeddings", 32768)
     chat = LocalChat(
         model.to(options.device).eval().requires_grad_(False),
         processor,
         weights_hash=hash_files(*files),
-        identity=_identity(folder, pixels),
+        identity=_identity(folder, pixels, processor.chat_template if is_original(config) else ""),
         max_tokens=int(most),
     )
     try:
@@ -83,6 +79,26 @@ def load_chat(folder: Path, options: LoadOptions) -> LocalChat:
     except Exception as error:  # templates are programs: they fail in ways of their own
         raise WeightsError(f"the chat template in {folder} cannot show an image: {_told(error)}") from error
     return chat
+
+
+def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and processor of a folder in transformers' form."""
+    import transformers
+
+    library: Any = transformers
+    processor = library.AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model, report = library.AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise WeightsError(f"the weights lack {len(missing)} tensors, such as {missing[0]}")
+    return model, processor
 
 
 def _told(error: Exception) -> str:
@@ -94,16 +110,19 @@ def config_of(model: Any) -> Any:
     return model.config.get_text_config()
 
 
-def _check_family(folder: Path) -> None:
+def _config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder that judges run on."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{folder} holds no config.json that can be read: it is no transformers model") from error
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in FAMILIES:
+    config = config if isinstance(config, dict) else {}
+    family = config.get("model_type")
+    if family not in FAMILIES and not is_original(config):
         raise WeightsError(f"{folder} is a {family!r}; judges run on {', '.join(FAMILIES.values())}")
     if config.get("quantization_config"):
         raise WeightsError(f"the weights in {folder} are quantised; give the folder of the model's plain weights")
+    return config
 
 
 def _set_pixels(processor: Any, options: Mapping[str, Any]) -> dict[str, int]:
@@ -121,9 +140,11 @@ def _set_pixels(processor: Any, options: Mapping[str, Any]) -> dict[str, int]:
     return chosen
 
 
-def _identity(folder: Path, pixels: Mapping[str, int]) -> str:
-    """Hash of what beside the tensors an answer depends on: configuration, tokenizer, processor, chat template."""
+def _identity(folder: Path, pixels: Mapping[str, int], template: str) -> str:
+    """Hash of what beside the tensors an answer depends on: configuration, tokenizer, processor, chat template
+    (``template``: of a folder that lacks one, or whose own is made to show pictures)."""
     hasher = hashlib.sha256(json.dumps(dict(pixels), sort_keys=True).encode())
+    hasher.update(template.encode())
     for name in ("config.json", "generation_config.json", *_IDENTITY_FILES):
         path = folder / name
         hasher.update(f"|{name}|".encode() + (path.read_bytes() if path.exists() else b""))

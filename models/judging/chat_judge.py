@@ -35,6 +35,7 @@ from models.judge import (
     DifferentiableChat,
     Generation,
     Judge,
+    Place,
     Preference,
     PreparedTurn,
     Turn,
@@ -51,7 +52,7 @@ COMMON_OPTIONS = ("template", "system")
 """Options of every judge."""
 WRITING_OPTIONS = ("max_tokens", "temperature", "samples", "seed")
 """Options of judges that may write answers."""
-LOCAL_OPTIONS = ("min_pixels", "max_pixels")
+LOCAL_OPTIONS = ("min_pixels", "max_pixels", "independent_images")
 """Options of the network on this machine."""
 MAX_TOKENS, MAX_SAMPLES = 32768, 64
 YES_NO = ("yes", "no")
@@ -85,7 +86,8 @@ class ChatJudge(Judge):
 
     Options of every judge: ``template`` (another template's name, or a file with the same fields) and ``system`` (a
     system text). Of written answers: ``max_tokens``, ``temperature`` (0: greedy), ``samples`` (that many answers are
-    drawn and voted), ``seed``.
+    drawn and voted), ``seed``. Of a network on this machine: ``independent_images`` (the pictures of a turn do not see
+    each other, for a checkpoint that was trained so; its text stands first then) and the limits of resizing.
     """
 
     version: ClassVar[str] = "1"
@@ -95,6 +97,8 @@ class ChatJudge(Judge):
     """Whether answers are written unless an option says otherwise."""
     words: tuple[str, str] | None = None
     """Of a scored judge: the words of which the first prefers the first candidate."""
+    independent_images: bool = False
+    """Whether the pictures of a turn do not see each other (:class:`models.judge.Turn`)."""
     explains: bool = False
     """Whether a scored judge also writes its reasons, which are shown and change no number."""
 
@@ -111,10 +115,13 @@ class ChatJudge(Judge):
             samples=own.whole("samples", 1, 1, MAX_SAMPLES),
             seed=own.whole("seed", 0, 0, 2**63 - 1),
         )
+        self.independent_images = own.flag("independent_images", self.independent_images)
         self._refuse_options_without_effect(options)
         if self.generation.samples > 1 and self.generation.temperature == 0:
             raise ValueError(f"{self.info.name}: several samples of a greedy answer are all the same; set temperature")
         self.chat = options.chat if options.chat is not None else self.local_chat(options)
+        if self.independent_images and not hasattr(self.chat, "score_gradient"):
+            raise ValueError(f"{self.info.name} is to read its images independently; a server's model can't be told to")
         self.weights_hash = self.chat.weights_hash
         self.dtype = self.chat.dtype
 
@@ -184,7 +191,7 @@ class ChatJudge(Judge):
     def preprocessing(self) -> str:  # type: ignore[override]
         """Of the code and of the texts that are asked: a template in a file may change under an unchanged option."""
         hasher = hashlib.sha256("\0".join(template.text for template in self.templates).encode())
-        return f"{self.version}:{hasher.hexdigest()[:32]}"
+        return f"{self.version}:{hasher.hexdigest()[:32]}{':independent' if self.independent_images else ''}"
 
     @property
     def uses_device(self) -> bool:  # type: ignore[override]
@@ -201,9 +208,12 @@ class ChatJudge(Judge):
         return self._prepared(self.ask_about(sample))
 
     def _prepared(self, questions: tuple[Question, ...]) -> PreparedQuestions:
-        turns = tuple(self.chat.prepare(question.turn) for question in questions)
+        turns = tuple(self.chat.prepare(self._independent(question.turn)) for question in questions)
         warnings = tuple(dict.fromkeys(warning for turn in turns for warning in turn.warnings))
         return PreparedQuestions(questions, turns, sum(turn.tokens for turn in turns), turns[0].prefix, warnings)
+
+    def _independent(self, turn: Turn) -> Turn:
+        return replace(turn, independent=True) if self.independent_images else turn
 
     def compare(self, batch: Sequence[PreparedQuestions]) -> list[Preference | SampleError]:
         """Preferences; :class:`AnswerError` for answers without a verdict.
@@ -276,7 +286,7 @@ class ChatJudge(Judge):
             explained.append(replace(verdict, details={**verdict.details, "texts": texts, "reasons": texts}))
         return explained
 
-    def gradient(self, comparison: Comparison, pixels: Tensor) -> tuple[Output, Tensor]:
+    def gradient(self, comparison: Comparison, pixels: Tensor, place: Place = "first") -> tuple[Output, Tensor]:
         """As :meth:`Judge.gradient`; several criteria are averaged.
 
         Raises :class:`UnsupportedInput` for a judge that writes its answers, and one behind a server.
@@ -288,9 +298,11 @@ class ChatJudge(Judge):
         chat = cast(DifferentiableChat, self.chat)
         # A stand-in that is no other candidate of the turn marks where the pixels belong.
         stand_in = Candidate(image=PILImage.new("RGB", (pixels.shape[-1], pixels.shape[-2])))
-        questions = self.ask(replace(comparison, first=stand_in))
+        given = replace(comparison, first=stand_in) if place == "first" else replace(comparison, second=stand_in)
+        questions = self.ask(given)
         found = [
-            chat.score_gradient(with_pixels(question.turn, stand_in, pixels), self.words) for question in questions
+            chat.score_gradient(with_pixels(self._independent(question.turn), stand_in, pixels), self.words)
+            for question in questions
         ]
         verdict = combine([weigh(scores) for scores, _ in found], tuple(question.name for question in questions))
         if isinstance(verdict, SampleError):

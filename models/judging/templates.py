@@ -132,12 +132,16 @@ _TEMPLATES = {
     "reward_dance": _Published(("prompt", "instruction", "candidate", "reference"), _REWARD_DANCE),
     "reward_dance_reasons_first": _Published(("prompt", "instruction", "candidate", "reference"), _REWARD_DANCE),
     "reward_dance_plain": _Published(("prompt", "instruction", "candidate", "reference"), _REWARD_DANCE),
+    "reward_dance_point": _Published(("prompt", "instruction"), f"{_REWARD_DANCE}, which words none for one image"),
     "reward_dance_system": _Published((), f"{_REWARD_DANCE}: only its first sentence is known"),
     "shapes_judge": _Published(
         _PROMPT, "this project", "d21e538a4600df627c8bb024e4ef891d338e64548bc356347999cbaeca406ec8"
     ),
     "shapes_judge_yes_no": _Published(
         _PROMPT, "this project", "accc9899cb0c55468cf65330f2b85e6ee8182a6840b55b922ef025cde8c391e0"
+    ),
+    "shapes_judge_text_first": _Published(
+        _PROMPT, "this project", "44b5cd2a975aebe2fd97f811799ac8a8c22e02fb6774c9fa8754f593851e6c30"
     ),
     "one_reward": _Published(("task", "criterion"), _ONE_REWARD),
     "one_reward_text_alignment": _Published(("task", "criterion", "prompt"), _ONE_REWARD),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from models.backbones.qwen2_vl_tokenizer import IMAGE_TOKEN
+from models.backbones.vlm_independent import place_blocks, split_blocks, visible
+from models.judging.turns import MARKER
 from models.shapes.judge import END_TOKEN, IMAGE_TOKENS, chat_text, image_positions
-from models.shapes.judge_text import DESCRIBE, KNOWN, describe, points, think_answer, weighted_answer
+from models.shapes.judge_text import DESCRIBE, KNOWN, describe, findings, points, think_answer, weighted_answer
 from models.shapes.preferences import TASK_WEIGHTS, Picture, draw, random_picture
 from models.shapes.prompts import TASKS, Prompt
 from models.shapes.scenes import Split, near_miss, random_prompt, random_scene, right_scene, truth
@@ -69,15 +71,19 @@ def pictures_of(scenes: list[Scene], rng: np.random.Generator) -> list[Picture]:
 @dataclass(frozen=True)
 class Examples:
     """Rows of one kind: token ids [B, L] padded on the right, targets [B, L] (IGNORED outside the answer), their
-    weights [B, L], rotary positions [3, L], and the patches [images, 64, P] of the images in order."""
+    weights [B, L], rotary positions [3, B, L], and the patches [images, 64, P] of the images in order. ``seen``
+    [B, L, L] is which tokens each token sees, where it is not all before it."""
 
     ids: Tensor
     targets: Tensor
     weights: Tensor
     positions: Tensor
     patches: Tensor
+    seen: Tensor | None = None
 
 
+ONE_WORD = 8.0
+"""Weight of yes or no against all that follows it."""
 VERDICT_WEIGHT = 4.0
 """Of the tokens that give points or name the winner, against the others of an answer."""
 
@@ -114,9 +120,20 @@ def _padded(
     per_row: int,
 ) -> Examples:
     """Questions and the tokens of their answers, which count as told, in rows of equal length."""
+    return _rows(processor, [[*[None] * per_row, text] for text in asked], answers, counts, images)
+
+
+def _rows(
+    processor: Any,
+    asked: list[list[str | None]],
+    answers: list[list[int]],
+    counts: list[list[float]],
+    images: list[Any],
+) -> Examples:
+    """Questions of texts and images (None) that stand at the same places in each."""
     tokenizer = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    openings = [_expand(tokenizer(chat_text([*[None] * per_row, text])).input_ids, image_id) for text in asked]
+    openings = [_expand(tokenizer(chat_text(parts)).input_ids, image_id) for parts in asked]
     rows = [opening + answer for opening, answer in zip(openings, answers, strict=True)]
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -130,7 +147,8 @@ def _padded(
     if images:
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         patches = pixels.view(len(images), -1, pixels.shape[-1])
-    return Examples(ids, targets, weights, image_positions(ids, image_id), patches)
+    positions = image_positions(ids, image_id)[:, None].expand(3, *ids.shape)
+    return Examples(ids, targets, weights, positions, patches)
 
 
 def _questions(pairs: list[ScenePair], question: str) -> list[str]:
@@ -159,6 +177,38 @@ def deciding_examples(processor: Any, pairs: list[ScenePair], question: str, rng
     """RewardDance's form with the weight on its one word."""
     answers = [[("no" if pair.first_is_better else "yes", 1.0)] for pair in pairs]
     return weighted_examples(processor, _questions(pairs, question), answers, _drawn(pairs, rng), 2)
+
+
+def text_first_examples(processor: Any, pairs: list[ScenePair], question: str, rng: np.random.Generator) -> Examples:
+    """Whether image 2 is better than image 1, and then why: so little is learned from the one word alone. Neither image
+    sees the other."""
+    told: list[list[int]] = []
+    counts: list[list[float]] = []
+    for pair in pairs:
+        ids = processor.tokenizer("no" if pair.first_is_better else "yes").input_ids
+        more = processor.tokenizer(f".\n{findings(pair.prompt, pair.scenes)}{END_TOKEN}").input_ids
+        told.append(ids + more)
+        counts.append([ONE_WORD] * len(ids) + [KNOWN] * len(more))
+    return text_first_rows(processor, _questions(pairs, question), told, counts, _drawn(pairs, rng))
+
+
+def text_first_rows(
+    processor: Any, asked: list[str], answers: list[list[int]], counts: list[list[float]], images: list[Any]
+) -> Examples:
+    """Questions with markers for two images that do not see each other, and the tokens of their answers."""
+    parts = [[part for piece in text.split(MARKER) for part in (piece, None)][:-1] for text in asked]
+    rows = _rows(processor, parts, answers, counts, images)
+    image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    positions, seen = zip(*(_apart(ids, image_id) for ids in rows.ids), strict=True)
+    return replace(rows, positions=torch.stack(positions, dim=1), seen=torch.stack(seen))
+
+
+def _apart(ids_L: Tensor, image_id: int) -> tuple[Tensor, Tensor]:
+    """Rotary positions [3, L] of a row whose images do not see each other, and what its tokens see [L, L]."""
+    places = (ids_L == image_id).nonzero().flatten().tolist()
+    blocks = split_blocks(places, [IMAGE_TOKENS] * (len(places) // IMAGE_TOKENS))
+    positions = place_blocks(ids_L, blocks, lambda own, _: image_positions(own[None], image_id))
+    return positions, visible(len(ids_L), blocks)
 
 
 def _expand(ids: list[int], image_id: int) -> list[int]:

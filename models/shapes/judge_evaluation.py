@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from models.judging.pairs import parse_think
 from models.judging.templates import load_template
-from models.shapes.judge import chat_text
-from models.shapes.judge_data import ScenePair, pictures_of, random_pair
+from models.shapes.judge import IMAGE_SIZE, PATCH_SIZE, chat_text
+from models.shapes.judge_data import IGNORED, ScenePair, pictures_of, random_pair, text_first_rows
 from models.shapes.judge_text import check_reasons
 from models.shapes.preferences import TRAINING_SPLIT, draw
 from models.shapes.prompts import TASKS
@@ -81,6 +82,32 @@ def yes_probabilities(
     return found
 
 
+@torch.inference_mode()
+def text_first_probabilities(
+    model: Any, processor: Any, prompts: Sequence[str], images: Sequence[tuple[Image, Image]]
+) -> list[float]:
+    """As :func:`yes_probabilities`, asked with the text first, about images that do not see each other."""
+    yes, no = (processor.tokenizer(word).input_ids[0] for word in ("yes", "no"))
+    question = load_template("shapes_judge_text_first")
+    found: list[float] = []
+    for start in range(0, len(prompts), CHUNK):
+        asked = [question.fill(prompt=prompt) for prompt in prompts[start : start + CHUNK]]
+        flat = [image for both in images[start : start + CHUNK] for image in both]
+        rows = text_first_rows(processor, asked, [[yes]] * len(asked), [[1.0]] * len(asked), flat)
+        assert rows.seen is not None
+        unseen = torch.zeros(rows.seen.shape).masked_fill(~rows.seen, torch.finfo(torch.float32).min)
+        side = IMAGE_SIZE // PATCH_SIZE
+        logits = model(
+            input_ids=rows.ids,
+            pixel_values=rows.patches.flatten(0, 1),
+            image_grid_thw=torch.tensor([[1, side, side]] * len(flat)),
+            position_ids=rows.positions,
+            attention_mask=unseen[:, None],
+        ).logits
+        found += logits[rows.targets != IGNORED][:, [yes, no]].softmax(-1)[:, 0].tolist()
+    return found
+
+
 def evaluate(model: Any, processor: Any, count: int = 600) -> dict[str, Any]:
     """Accuracy, position bias and truth of the reasons on held-out pairs, in and out of domain."""
     return {
@@ -95,7 +122,7 @@ def measure(model: Any, processor: Any, pairs: Sequence[ScenePair]) -> dict[str,
     ``*_accuracy`` over all answers. ``*_position_bias`` is the mean probability (or share of verdicts) of the first
     image minus a half. ``*_flips``: the share of pairs whose verdict names the same place after the swap.
     ``true_statements`` of the reasons; ``following_reasons``: the share of readable pairs of answers whose reasons are
-    all true in both orders.
+    all true in both orders. ``text_first_*``: as ``yes_no_*``, with the text first and independent images.
     """
     images = draw_pairs(pairs)
     both = [*pairs, *(pair.swapped() for pair in pairs)]
@@ -109,8 +136,8 @@ def measure(model: Any, processor: Any, pairs: Sequence[ScenePair]) -> dict[str,
     readable = ~np.isnan(first)
     checks = [check_reasons(a.reasons, pair.prompt, pair.scenes) for a, pair in zip(answers, both, strict=True)]
     right = np.array([all(check) for check in checks])
-    graded = 1.0 - np.array(yes_probabilities(model, processor, prompts, shown))
-    cancelled = (graded[:count] + 1.0 - graded[count:]) / 2
+    yes_no = 1.0 - np.array(yes_probabilities(model, processor, prompts, shown))
+    text_first = 1.0 - np.array(text_first_probabilities(model, processor, prompts, shown))
     return {
         "pairs": count,
         "think_accuracy": float(((first > 0.5) == truth)[readable].sum() / len(both)),
@@ -119,8 +146,18 @@ def measure(model: Any, processor: Any, pairs: Sequence[ScenePair]) -> dict[str,
         "think_flips": float((first[:count] == first[count:]).mean()),
         "true_statements": float(np.mean([check for row in checks for check in row])),
         "following_reasons": float((right[:count] & right[count:]).mean()),
-        "yes_no_accuracy": float(((graded > 0.5) == truth).mean()),
-        "yes_no_accuracy_both_orders": float(((cancelled > 0.5) == truth[:count]).mean()),
-        "yes_no_position_bias": float(graded.mean() - 0.5),
-        "yes_no_flips": float(((graded[:count] > 0.5) == (graded[count:] > 0.5)).mean()),
+        **_graded("yes_no", yes_no, truth),
+        **_graded("text_first", text_first, truth),
+    }
+
+
+def _graded(name: str, first: NDArray[np.float64], truth: NDArray[np.bool_]) -> dict[str, float]:
+    """Of probabilities that the first image is better, of all pairs and then of all swapped pairs."""
+    count = len(first) // 2
+    cancelled = (first[:count] + 1.0 - first[count:]) / 2
+    return {
+        f"{name}_accuracy": float(((first > 0.5) == truth).mean()),
+        f"{name}_accuracy_both_orders": float(((cancelled > 0.5) == truth[:count]).mean()),
+        f"{name}_position_bias": float(first.mean() - 0.5),
+        f"{name}_flips": float(((first[:count] > 0.5) == (first[count:] > 0.5)).mean()),
     }

@@ -52,6 +52,15 @@ def reasons(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
     return "\n".join(lines)
 
 
+def findings(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
+    """As :func:`reasons`, without what stands where."""
+    found = [truth(scene) for scene in scenes]
+    return "\n".join(
+        f"Image {number}: {explain(prompt, own)}. {points(prompt, own)}/{BEST}"
+        for number, own in enumerate(found, start=1)
+    )
+
+
 def think_answer(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
     """The whole answer in UnifiedReward-Think's form; ValueError where neither picture is worth more."""
     first, second = (points(prompt, truth(scene)) for scene in scenes)

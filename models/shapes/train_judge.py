@@ -3,9 +3,9 @@
 Next-token prediction on freshly rendered pictures. Stage 1: descriptions of single pictures alone, then these together
 with reasons and verdicts on pairs (UnifiedReward-Think's form) and with plain yes or no (RewardDance's form). Stage 2,
 in rounds, each from the weights before it as they would be stored: what follows from a description, mostly in words
-alone. Muon for
-the matrices inside the blocks, AdamW for the rest, a warm-up and a linear decay. Every batch has its own random stream
-from (seed, step); the same machine and versions give the same weights.
+alone. Stage 3: the same, and yes or no with the text first, about pictures that do not see each other. Muon for the
+matrices inside the blocks, AdamW for the rest, a warm-up and a linear decay. Every batch has its own random stream from
+(seed, step); the same machine and versions give the same weights.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from models.shapes.judge_data import (
     random_pair,
     reasoning_examples,
     scenes_to_describe,
+    text_first_examples,
     think_examples,
     yes_no_examples,
 )
@@ -41,8 +42,9 @@ from models.shapes.judge_evaluation import evaluate
 from models.shapes.preferences import TRAINING_SPLIT
 
 STEPS = 1800
-REASONING_STEPS = (1000, 550)
-"""What the stored weights were trained for: stage 1, and the rounds of stage 2."""
+REASONING_STEPS = (1000, 550, 1000)
+TEXT_FIRST_STEPS = 900
+"""What the stored weights were trained for: stage 1, the rounds of stage 2, and stage 3."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class JudgeConfig:
     reasoning: int = 12
     deciding: int = 12
     in_words: int = 40
+    text_first: int = 40
+    deciding_last: int = 8
     second_rate: float = 0.5
     second_decay_from: float = 0.3
 
@@ -73,7 +77,8 @@ class Batches(Dataset[list[Examples]]):
     def __init__(self, config: JudgeConfig, steps: int) -> None:
         self.config, self.steps = config, steps
         self.processor = build_processor()
-        self.questions = [load_template(name).text for name in ("shapes_judge", "shapes_judge_yes_no")]
+        names = ("shapes_judge", "shapes_judge_yes_no", "shapes_judge_text_first")
+        self.questions = [load_template(name).text for name in names]
 
     def __len__(self) -> int:
         return self.steps
@@ -83,7 +88,7 @@ class Batches(Dataset[list[Examples]]):
         if step < config.describing_share * self.steps:
             scenes = list(scenes_to_describe(rng, config.describing_alone, TRAINING_SPLIT))
             return [describe_examples(self.processor, scenes, rng)]
-        think, yes_no = self.questions
+        think, yes_no, _ = self.questions
         scenes = list(scenes_to_describe(rng, config.describing, TRAINING_SPLIT))
         pairs = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.thinking + config.answering)]
         return [
@@ -102,13 +107,30 @@ class ReasoningBatches(Batches):
 
     def __getitem__(self, step: int) -> list[Examples]:
         config, rng = self.config, np.random.default_rng((self.config.seed, 2 + self.number, step))
-        think, yes_no = self.questions
+        think, yes_no, _ = self.questions
         seen = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.reasoning + config.deciding)]
         told = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.in_words)]
         return [
             reasoning_examples(self.processor, told, think, rng, with_images=False),
             reasoning_examples(self.processor, seen[: config.reasoning], think, rng, with_images=True),
             deciding_examples(self.processor, seen[config.reasoning :], yes_no, rng),
+        ]
+
+
+class TextFirstBatches(ReasoningBatches):
+    """The batch of each step of stage 3."""
+
+    def __getitem__(self, step: int) -> list[Examples]:
+        config, rng = self.config, np.random.default_rng((self.config.seed, 2 + self.number, step))
+        think, yes_no, text_first = self.questions
+        seen = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.reasoning + config.deciding_last)]
+        told = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.in_words)]
+        apart = [random_pair(rng, TRAINING_SPLIT) for _ in range(config.text_first)]
+        return [
+            reasoning_examples(self.processor, told, think, rng, with_images=False),
+            reasoning_examples(self.processor, seen[: config.reasoning], think, rng, with_images=True),
+            deciding_examples(self.processor, seen[config.reasoning :], yes_no, rng),
+            text_first_examples(self.processor, apart, text_first, rng),
         ]
 
 
@@ -119,9 +141,13 @@ def answer_loss(model: Any, batch: Examples) -> Tensor:
     if len(batch.patches):
         tokens = encode_patches(model.model.visual, batch.patches, side, side)
         embeddings = embeddings.masked_scatter((ids == model.config.image_token_id)[..., None], tokens.flatten(0, 1))
-    positions = batch.positions[:, None].expand(3, *ids.shape)
-    # Padding stands on the right of a causal model: no mask is needed.
-    hidden = model.model.language_model(inputs_embeds=embeddings, position_ids=positions).last_hidden_state
+    given: dict[str, Tensor] = {}
+    if batch.seen is not None:
+        hidden = torch.zeros(batch.seen.shape)
+        given["attention_mask"] = hidden.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None]
+    # Padding stands on the right of a causal model: no mask is needed for it.
+    told = model.model.language_model(inputs_embeds=embeddings, position_ids=batch.positions, **given)
+    hidden = told.last_hidden_state
     asked = batch.targets != IGNORED
     losses = F.cross_entropy(model.lm_head(hidden[asked]), batch.targets[asked], reduction="none")
     weights = batch.weights[asked]
@@ -161,6 +187,14 @@ def reason(model: Any, config: JudgeConfig, steps: int, number: int, *, workers:
     return optimise(model.train(), batches, config, config.second_rate, config.second_decay_from, names, workers)
 
 
+def put_text_first(model: Any, config: JudgeConfig, steps: int, *, workers: int = 1) -> Any:
+    """The network after stage 3, from a network as it is read from its folder."""
+    number = len(REASONING_STEPS)
+    torch.manual_seed(config.seed + 1 + number)
+    batches, names = TextFirstBatches(config, steps, number), ("in words", "think", "yes/no", "text first")
+    return optimise(model.train(), batches, config, config.second_rate, config.second_decay_from, names, workers)
+
+
 def optimise(
     model: Any,
     batches: Batches,
@@ -195,12 +229,13 @@ def optimise(
 
 def stages(config: JudgeConfig, output: Path, start: int = 0) -> None:
     """Train all stages from the one after ``start``, each from what the one before it stored, into ``output``."""
-    folders = [*(output.with_name(f"{output.name}-{k + 1}") for k in range(len(REASONING_STEPS))), output]
+    folders = [*(output.with_name(f"{output.name}-{k + 1}") for k in range(len(REASONING_STEPS) + 1)), output]
     if start == 0:
         save(train(config, STEPS), build_processor(), folders[0])
     for number, steps in enumerate(REASONING_STEPS):
         if number + 1 >= start:
             save(reason(load(folders[number])[0], config, steps, number), build_processor(), folders[number + 1])
+    save(put_text_first(load(folders[-2])[0], config, TEXT_FIRST_STEPS), build_processor(), output)
 
 
 def main() -> None:
@@ -219,7 +254,8 @@ def main() -> None:
     model, processor = load(arguments.work)
     save(model, processor, arguments.output)
     report = evaluate(*load(arguments.output), count=arguments.pairs)
-    steps = {"steps": STEPS, "reasoning_steps": REASONING_STEPS, "stages_before": arguments.start}
+    steps = {"steps": STEPS, "reasoning_steps": REASONING_STEPS, "text_first_steps": TEXT_FIRST_STEPS}
+    steps["stages_before"] = arguments.start
     record = {**asdict(config), **steps, "seconds": seconds, "threads": arguments.threads}
     text = json.dumps({**report, "training": {**record, "torch": torch.__version__}}, indent=1)
     arguments.output.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")

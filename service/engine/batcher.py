@@ -234,16 +234,17 @@ class Batcher:
 
     # -- results (lane) -----------------------------------------------------------------------------------------------
 
-    def settle(self, batch: list[Ticket], outcomes: list[Outcome]) -> None:
-        """Answer a batch, free its cost and learn the rate."""
+    def settle(self, batch: list[Ticket], outcomes: list[Outcome], *, learn: bool = True) -> None:
+        """Answer a batch, free its cost and, with ``learn``, learn the rate."""
         now = time.monotonic()
         with self._wakeup:
             # Work on this batch began when the one before was settled, or with its own admission if that was later:
             # decoding counts, and so does the time that other models of the lane took.
             began = max(self._last_settled, min(ticket.admitted_at for ticket in batch))
-            self.learn(sum(ticket.cost for ticket in batch), now - began)
+            if learn:
+                self.learn(sum(ticket.cost for ticket in batch), now - began)
+                self._batch_seconds = 0.8 * self._batch_seconds + 0.2 * (now - batch[0].started_at)
             self._last_settled = now
-            self._batch_seconds = 0.8 * self._batch_seconds + 0.2 * (now - batch[0].started_at)
             for ticket in batch:
                 ticket.finished_at, ticket.payload = now, None
                 self._leave(ticket, "settled")

@@ -17,6 +17,7 @@ from models.towers import HeadOutput, TowerInput, TowerReward, alike, unpack
 from service.engine.batcher import GradientResult
 from service.engine.compile import powers_of_two
 from service.engine.towers import power_of_two
+from service.tournament import preference_from_orders
 
 log = logging.getLogger(__name__)
 
@@ -147,39 +148,60 @@ class TowerGradient:
 
 @dataclass(frozen=True, eq=False)
 class JudgedPixels:
-    """Pixels [3, H, W] to be compared, as the first candidate, with the second of ``comparison``."""
+    """Pixels [3, H, W] to be compared with the reference, which is both candidates of ``comparison``."""
 
     comparison: Comparison
     pixels: Tensor
+    both_orders: bool = True
 
 
 class JudgeGradient:
-    """d P(candidate preferred to its reference) / d(image) of a judge, one comparison after the other."""
+    """d P(candidate preferred to its reference) / d(image) of a judge, one comparison after the other.
+
+    In both orders the preference is the mean over both places of the image, as in /compare: what the judge prefers for
+    its place cancels. In one order the image is seen first.
+    """
 
     micro_batch = 1
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge, between: Callable[[], None] = lambda: None) -> None:
+        """``between`` is called before each comparison: it may take as long as a batch of another model."""
         self.judge = judge
+        self._between = between
 
     @staticmethod
-    def prepare(prompt: str, pixels: Tensor, reference: Candidate | None, context: Context | None) -> JudgedPixels:
+    def prepare(
+        prompt: str, pixels: Tensor, reference: Candidate | None, context: Context | None, both_orders: bool = True
+    ) -> JudgedPixels:
         """Raises InputError ("reference_missing") for an item without reference."""
         if reference is None:
             raise InputError(
                 "a judge's gradient is that of being preferred to the item's reference, which is missing",
                 code="reference_missing",
             )
-        return JudgedPixels(Comparison(prompt, reference, reference, context), pixels)
+        return JudgedPixels(Comparison(prompt, reference, reference, context), pixels, both_orders)
 
     def run(self, batch: Sequence[JudgedPixels]) -> list[GradientResult | SampleError]:
-        """Scores are preferences in [0, 1]; a comparison that failed has its error."""
+        """Scores are preferences in [0, 1]; an image of which a comparison failed, in either order, has its error."""
         results: list[GradientResult | SampleError] = []
         for entry in batch:
             try:
-                results.append(_result(*self.judge.gradient(entry.comparison, entry.pixels)))
+                results.append(_result(*self._preferred(entry)))
             except SampleError as error:
                 results.append(error)
         return results
+
+    def _preferred(self, entry: JudgedPixels) -> tuple[Output, Tensor]:
+        """P(image preferred) and its gradient."""
+        self._between()
+        forwards, gradient = self.judge.gradient(entry.comparison, entry.pixels)
+        if not entry.both_orders:
+            return forwards, gradient
+        self._between()
+        backwards, against = self.judge.gradient(entry.comparison, entry.pixels, "second")
+        score = preference_from_orders(forwards.score, backwards.score)
+        warnings = tuple(dict.fromkeys((*forwards.warnings, *backwards.warnings)))
+        return Output(score, warnings=warnings), (gradient - against) / 2
 
 
 def _result(output: Output | SampleError, gradient: Tensor) -> GradientResult | SampleError:

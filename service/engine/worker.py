@@ -23,7 +23,7 @@ from service.engine.checks import checked, device_class, poisons_device
 from service.engine.compile import BucketedFunction
 from service.engine.features import FeatureCache
 from service.engine.gradient import JudgeGradient, TowerGradient
-from service.engine.judging import JudgeRunner
+from service.engine.judging import JudgeRunner, Probe
 from service.engine.remote import RemoteChat
 from service.engine.towers import TowerRunner
 from service.telemetry import Telemetry
@@ -49,13 +49,14 @@ class DevicePoisoned(RuntimeError):
 class TensorSample:
     """A sample of a gradient request: ``pixels`` float32 [3, H, W] in [0, 1] on the CPU.
 
-    Judges compare it with ``reference``; ``context`` is what both were made from.
+    Judges compare it with ``reference``, in both orders or with it first; ``context`` is what both were made from.
     """
 
     prompt: str
     pixels: Tensor
     reference: Candidate | None = None
     context: Context | None = None
+    both_orders: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,10 @@ class Worker:
 
     def warm(self) -> None:
         """Score a full batch of the canary: proves the model and measures the rate that Retry-After starts from."""
-        for _ in range(2):  # the first pass pays for allocations
+        for probe in (True, False):  # the first pass pays for allocations
             started = time.monotonic()
-            batch = [self.canary_payload() for _ in range(self.full if self._judge is None else self._judge.rows)]
+            rows = self.full if self._judge is None else self._judge.rows
+            batch = [self.canary_payload(probe=probe) for _ in range(rows)]
             outcomes = self._bisect(self.canary_job, batch)
             failures = [outcome for outcome in outcomes if isinstance(outcome, SampleError) and not healthy(outcome)]
             if failures:
@@ -157,10 +159,14 @@ class Worker:
         """What the canary asks of the model."""
         return "score" if self._judge is None else "compare"
 
-    def canary_payload(self) -> Any:
-        """The canary, prepared, under an id of its own: the model must run, not the feature cache."""
+    def canary_payload(self, *, probe: bool = True) -> Any:
+        """The canary, prepared, under an id of its own: the model must run, not the feature cache.
+
+        As a ``probe`` a judge writes a few tokens of its answer.
+        """
         if isinstance(self.model, Judge):
-            return self.prepare(self.model.canary_comparison(), "compare")
+            prepared = self.prepare(self.model.canary_comparison(), "compare")
+            return Probe(prepared) if probe else prepared
         payload = self.prepare(self.model.canary(), "score")
         if isinstance(payload, TowerInput):
             return replace(payload, image_id=CanaryId(), text_id=CanaryId())
@@ -208,6 +214,8 @@ class Worker:
             "dtype": self.dtype(job),
             "shape": self.shape if job != "gradient" else f"gradient:{self._gradient_batch}:{self.options.invariance}",
             **({} if self._judge is None else {"chat": self._judge.identity}),
+            # Gradients were once of one order, whatever was asked.
+            **({"orders": "as asked"} if self._judge is not None and job == "gradient" else {}),
             "device": device_class(self.options.load.device) if self.model.uses_device else "host",
         }
         return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -229,7 +237,9 @@ class Worker:
             if job == "compare" and isinstance(sample, Comparison) and isinstance(self.model, Judge):
                 return self.model.prepare_comparison(sample)
             if job == "gradient" and isinstance(sample, TensorSample) and isinstance(self.model, Judge):
-                return JudgeGradient.prepare(sample.prompt, sample.pixels, sample.reference, sample.context)
+                return JudgeGradient.prepare(
+                    sample.prompt, sample.pixels, sample.reference, sample.context, sample.both_orders
+                )
             if job == "gradient" and isinstance(sample, TensorSample) and isinstance(self.model, TowerReward):
                 tokens, warnings = self.model.prepare_text(sample.prompt)
                 return TowerInput(sample.pixels, tokens, "", text_digest(sample.prompt), warnings)
@@ -242,7 +252,8 @@ class Worker:
 
     def weight(self, payload: Any) -> int:
         """What a prepared sample takes of :attr:`full`."""
-        return int(payload.tokens) if self._judge is not None and hasattr(payload, "tokens") else 1
+        asked = payload.prepared if isinstance(payload, Probe) else payload
+        return int(asked.tokens) if self._judge is not None and hasattr(asked, "tokens") else 1
 
     # -- lane ---------------------------------------------------------------------------------------------------------
 
@@ -258,14 +269,16 @@ class Worker:
         """
         self._alive, self._breathe = alive, breathe
         job = batch[0].job
-        outcomes = self._bisect(job, [ticket.payload for ticket in batch])
+        payloads = [ticket.payload for ticket in batch]
+        outcomes = self._bisect(job, payloads)
         if any(not isinstance(outcome, ModelError) for outcome in outcomes):
             self.last_success = time.monotonic()
         self._telemetry.batch.labels(self.name).observe(len(batch))
         self._telemetry.samples.labels(self.name, job).inc(len(batch))
         if self.judges and job != "gradient":
             self._telemetry.judge_tokens.labels(self.name).inc(sum(ticket.weight for ticket in batch))
-        self.batcher.settle(batch, outcomes)
+        # A probe is quicker than what is asked: nothing is learned of the rate.
+        self.batcher.settle(batch, outcomes, learn=not all(isinstance(payload, Probe) for payload in payloads))
 
     def _bisect(self, job: Job, payloads: Sequence[Any]) -> list[Outcome]:
         """Outcomes of ``payloads``; when the batch raises, halves are tried until only the guilty samples fail."""
@@ -344,7 +357,7 @@ class Worker:
         if not (self.options.gradients and self.model.info.differentiable):
             return None
         if isinstance(self.model, Judge):
-            return JudgeGradient(self.model) if self.model.gives_gradients else None
+            return JudgeGradient(self.model, lambda: self._alive()) if self.model.gives_gradients else None
         model: RewardModel = self.model
         if model.dtype != torch.float32:
             model = load_model(self.name, replace(self.options.load, dtype=torch.float32))

@@ -163,8 +163,10 @@ def _position_bias(judged: judging.Judged, model: str) -> float | None:
 
 def _judged_pair(judged: judging.Judged, pair: Pair, body: CompareRequest) -> ComparisonOut:
     i, j = pair
-    orders = [order for order in ((i, j), (j, i)) if order in judged.outcomes]
-    outcomes = [judged.outcome(order, body.model) for order in orders]
+    forwards, against = (
+        judged.outcome(order, body.model) if order in judged.outcomes else None for order in ((i, j), (j, i))
+    )
+    outcomes = [outcome for outcome in (forwards, against) if outcome is not None]
     failures = [outcome for outcome in outcomes if isinstance(outcome, SampleError)]
     probability = judged.preference(i, j, body.model)
     backwards = judged.probability((j, i), body.model)
@@ -175,10 +177,18 @@ def _judged_pair(judged: judging.Judged, pair: Pair, body: CompareRequest) -> Co
         orders=(judged.probability((i, j), body.model), None if backwards is None else 1.0 - backwards),
         text=[text for outcome in outcomes for text in _texts(outcome)] if body.explain else None,
         parse=failures[0].code if failures else "ok",
+        parse_orders=(_parse(forwards), _parse(against)),
         error=ErrorOut(model=body.model, code=failures[0].code, message=failures[0].message)
         if probability is None
         else None,
     )
+
+
+def _parse(outcome: Outcome | None) -> str | None:
+    """ "ok", or the code of what failed; None for an order that was not asked."""
+    if outcome is None:
+        return None
+    return outcome.code if isinstance(outcome, SampleError) else "ok"
 
 
 def _texts(outcome: Outcome) -> list[str]:
@@ -248,11 +258,13 @@ def _comparison(model: str, comparison: JudgedComparison, both_orders: bool) -> 
     error = None
     if comparison.probability is None:
         error = ErrorOut(model=model, code=comparison.code or "failed", message="a candidate of this pair has no score")
+    parse = "ok" if error is None else error.code
     return ComparisonOut(
         i=comparison.first,
         j=comparison.second,
         probability=comparison.probability,
         orders=(comparison.probability, comparison.probability if both_orders else None),
-        parse="ok" if error is None else error.code,
+        parse=parse,
+        parse_orders=(parse, parse if both_orders else None),
         error=error,
     )

@@ -48,8 +48,9 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 async def gradient(request: Request, service: ServiceDep, arrival: ArrivalDep) -> Response:
     """Scores and their gradients along the differentiable twin of the preprocessing, in float32.
 
-    A judge's score is the probability that the image, seen first, is preferred to the item's ``reference``: a uint8
-    [H, W, 3] tensor, or float32 pixels, which are rounded to 8 bits.
+    A judge's score is the probability that the image is preferred to the item's ``reference``, the mean over both
+    orders unless the request says otherwise (then the image is seen first). The reference is a uint8 [H, W, 3] tensor,
+    or float32 pixels, which are rounded to 8 bits.
 
     The answer holds one float32 [3, H, W] tensor per image under the image's own name (absent where the sample failed)
     and a GradientResponse as the metadata string ``response``.
@@ -67,7 +68,7 @@ async def gradient(request: Request, service: ServiceDep, arrival: ArrivalDep) -
         shared = [_shared(incoming, item, pixel_limits, judged=judged) for item in body.items]
         asked = [(i, each) for i, each in zip(body.items, shared, strict=True) for _ in i.all_candidates()]
         makers = [
-            _maker(incoming, item.prompt, name, each, pixel_limits)
+            _maker(incoming, item.prompt, name, each, pixel_limits, both_orders=body.both_orders)
             for (item, each), name in zip(asked, names, strict=True)
         ]
         deadline = deadline_at(arrival, body.deadline_ms, service.settings)
@@ -125,7 +126,9 @@ def _shared(incoming: Incoming, item: ItemIn, limits: ImageLimits, *, judged: bo
     return _Shared(reference, context)
 
 
-def _maker(incoming: Incoming, prompt: str, name: str, shared: _Shared, limits: ImageLimits) -> Maker:
+def _maker(
+    incoming: Incoming, prompt: str, name: str, shared: _Shared, limits: ImageLimits, *, both_orders: bool
+) -> Maker:
     source = incoming.source(name)
     assert isinstance(source, np.ndarray)  # a safetensors body holds nothing else
 
@@ -133,7 +136,7 @@ def _maker(incoming: Incoming, prompt: str, name: str, shared: _Shared, limits: 
         pixels = torch.from_numpy(checked_pixels(source, limits))
         reference = None if shared.reference is None else shared.reference()
         context = None if shared.context is None else shared.context()
-        return Made(TensorSample(prompt, pixels, reference, context))
+        return Made(TensorSample(prompt, pixels, reference, context, both_orders))
 
     return make
 

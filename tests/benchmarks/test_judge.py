@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_ratios_scale_what_was_measured_to_all_pairs() -> None:
 def test_targets_are_of_24_candidates_in_bfloat16() -> None:
     assert [case(tokens=n).target() for n in (64, 256, 100)] == [4.0, 6.0, None]
     assert case(count=8).target() is case(dtype="float32").target() is None
+    assert replace(case(), layout=timing.TEXT_FIRST).target() is None
 
 
 def test_shares_and_means() -> None:
@@ -47,13 +49,13 @@ def test_shares_and_means() -> None:
 def test_the_report_says_what_was_met_and_whether_the_machine_was_quiet() -> None:
     about = {"cores": 2, "cpu": "a CPU", "instructions": "AVX2", "threads": 1, "torch": "2", "load_average_before": 0.1}
     found = [agreement.Agreement(138, 5, 0.95), agreement.Agreement(138, 5, 0.75)]
-    text = markdown([case()], found, about | {"under_load": True})
+    text = markdown([case()], {"yes_no": found}, about | {"under_load": True})
     assert "10.0x (≥ 4: meets)" in text
     assert "30.0x (≥ 15: meets)" in text
     assert "0.850 (least 0.75) with 138 comparisons" in text
     assert "target ≥ 0.9: misses" in text
     assert "Measured under load" in text
-    assert "Measured under load" not in markdown([case()], found, about | {"under_load": False})
+    assert "Measured under load" not in markdown([case()], {"yes_no": found}, about | {"under_load": False})
 
 
 def test_pairs_are_drawn_without_repetition() -> None:
@@ -62,11 +64,11 @@ def test_pairs_are_drawn_without_repetition() -> None:
     assert set(chosen) < set(timing.orders(8))
 
 
-def test_the_cached_and_the_naive_path_say_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [timing.IMAGES_FIRST, timing.TEXT_FIRST])
+def test_the_cached_and_the_naive_path_say_the_same(layout: str, tmp_path: Path) -> None:
     write_random_chat(tmp_path, "qwen2_vl")
     model, processor = timing.random_model(tmp_path, torch.float32)
-    shared = timing.group_of(model, processor, 3, 64, shared=True)
-    plain = timing.group_of(model, processor, 3, 64, shared=False)
+    shared, plain = (timing.group_of(model, processor, 3, 64, shared=on, layout=layout) for on in (True, False))
     every, naive = timing.all_pairs_of(shared, 3), timing.one_by_one(plain, timing.orders(3))
     assert every.probabilities == pytest.approx(naive.probabilities, abs=1e-5)
     assert len({round(p, 4) for p in every.probabilities.values()}) > 1

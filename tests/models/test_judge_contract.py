@@ -26,7 +26,7 @@ from models.base import (
     UnsupportedInput,
     WeightsError,
 )
-from models.judge import AnswerError, ChatModel, Comparison, Judge, Preference
+from models.judge import AnswerError, ChatModel, Comparison, Judge, Place, Preference
 from models.judging.chat_judge import ChatJudge
 from models.registry import get_info, get_model, list_models, load_model
 from tests.models.judging.scripted_chat import ScriptedChat
@@ -247,16 +247,21 @@ def test_gradients_are_given_exactly_where_info_says_so(judge: ChatJudge) -> Non
         with pytest.raises(UnsupportedInput, match=judge.info.name):
             judge.gradient(Comparison("a cat", a, b, context), pixels)
         return
-    output, gradient = judge.gradient(Comparison("a cat", a, b, context), pixels)
-    assert gradient.shape == pixels.shape
-    assert bool(gradient.isfinite().all())
-    assert float(gradient.abs().max()) > 0
-    assert 0 <= output.score <= 1
-    # What stands for the first candidate is not looked at.
-    assert judge.gradient(Comparison("a cat", b, b, context), pixels)[0].score == output.score
-    step = 1e-2 * gradient / gradient.norm()
-    up, down = (judge.gradient(Comparison("a cat", a, b, context), pixels + sign * step)[0].score for sign in (1, -1))
-    assert up - down == pytest.approx(2e-2 * float(gradient.norm()), rel=0.1)
+    places: tuple[tuple[Place, Comparison], ...] = (
+        ("first", Comparison("a cat", a, b, context)),
+        ("second", Comparison("a cat", b, a, context)),
+    )
+    for place, comparison in places:
+        output, gradient = judge.gradient(comparison, pixels, place)
+        assert gradient.shape == pixels.shape
+        assert bool(gradient.isfinite().all())
+        assert float(gradient.abs().max()) > 0
+        assert 0 <= output.score <= 1
+        # What stands for the candidate is not looked at.
+        assert judge.gradient(Comparison("a cat", b, b, context), pixels, place)[0].score == output.score
+        step = 1e-2 * gradient / gradient.norm()
+        up, down = (judge.gradient(comparison, pixels + sign * step, place)[0].score for sign in (1, -1))
+        assert up - down == pytest.approx(2e-2 * float(gradient.norm()), rel=0.1)
 
 
 def test_a_prompt_that_spells_control_tokens_is_text(judge: ChatJudge) -> None:

@@ -10,7 +10,7 @@ from models.shapes.judge_evaluation import draw_pairs, held_out_pairs
 from models.shapes.judge_text import check_reasons, think_answer
 from models.shapes_judge import ShapesJudge
 from tests.models.judging.questions import A, B, load, parts, preference
-from tests.models.judging.scripted_chat import ScriptedChat
+from tests.models.judging.scripted_chat import ScriptedChat, ScriptedGradientChat
 
 PAIR = Comparison("a red circle", A, B)
 
@@ -33,6 +33,28 @@ def test_thinking_answers_in_unified_reward_thinks_form() -> None:
     result = preference(judge, PAIR)
     assert isinstance(result, Preference)
     assert (result.probability, result.details["reasons"]) == (1.0, ["a red circle"])
+
+
+def test_with_the_text_first_the_images_are_independent() -> None:
+    chat = ScriptedGradientChat(probabilities=lambda turn: {"yes": 0.2, "no": 0.6})
+    judge = ShapesJudge.load(LoadOptions(chat=chat, options={"mode": "text_first"}))
+    text = "Text Caption: [a red circle] Is image 2 better than image 1? Answer yes or no. Image 1: "
+    assert parts(judge, PAIR) == (text, A, " Image 2: ", B)
+    result = preference(judge, PAIR)
+    assert isinstance(result, Preference)
+    assert result.probability == pytest.approx(0.75)
+    assert all(turn.independent for turn in chat.asked)
+    other = ShapesJudge.load(LoadOptions(chat=chat))
+    assert other.preprocessing != judge.preprocessing
+    chat.asked.clear()
+    preference(other, PAIR)
+    assert not any(turn.independent for turn in chat.asked)
+
+
+def test_a_server_cannot_read_images_independently() -> None:
+    chat = ScriptedChat(probabilities=lambda turn: {"yes": 0.2, "no": 0.6})
+    with pytest.raises(ValueError, match="independent"):
+        ShapesJudge.load(LoadOptions(chat=chat, options={"mode": "text_first"}))
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -183,6 +183,23 @@ def test_another_version_wants_weights_of_its_own() -> None:
         load(UnifiedReward, version="2.0")
 
 
+def test_tiles_are_an_option_of_llavas_pairs(tmp_path: Path) -> None:
+    weights = str(write_random_chat(tmp_path / "chat", "llava_onevision"))
+    options = {"version": "v1-llava", "max_tokens": 4}
+    few, many = (
+        UnifiedReward.load(LoadOptions(weights=weights, options=given))
+        for given in (options, {**options, "pair_tiles": True})
+    )
+    assert many.prepare_comparison(PAIR).tokens > few.prepare_comparison(PAIR).tokens
+    assert many.prepare(POINT).tokens == few.prepare(POINT).tokens
+    assert isinstance(preference(many, PAIR), AnswerError)
+    for refused in ({"version": "v2"}, {"version": "v1-llava", "task": "image_understanding"}):
+        with pytest.raises(ValueError, match="pair_tiles"):
+            UnifiedReward.load(LoadOptions(weights=weights, options={**refused, "pair_tiles": True}))
+    with pytest.raises(ValueError, match="pair_tiles"):
+        load(UnifiedReward, version="v1-llava", pair_tiles=True)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_answered_by_a_network_in_words(task: str, tmp_path: Path) -> None:
     """A random one: what it says has no verdict, and is the same every time."""

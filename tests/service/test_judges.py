@@ -30,6 +30,7 @@ SETTINGS = {
         "bright-judge": {"options": {"bias": BIAS}},
         "bright-writer": {"options": {"steps": 3}},
         "bright-pointwise": {},
+        "tiny-tower": {},
     },
     "limits": {"images_per_item": 12, "images_per_request": 32, "comparisons_per_request": 150, "frames_per_video": 4},
     "queue": {"max_cost": 64},
@@ -106,6 +107,7 @@ def test_all_pairs_in_both_orders(service: Live) -> None:
         i, j = LEVELS[comparison["i"]], LEVELS[comparison["j"]]
         assert comparison["orders"] == pytest.approx([expected(i, j), 1 - expected(j, i)], abs=1e-9)
         assert comparison["parse"] == "ok"
+        assert comparison["parse_orders"] == ["ok", "ok"]
         assert comparison["error"] is None
     # The bias of 0.5 logits for the first place shows, and cancels in the preferences.
     sums = [expected(i, j) + expected(j, i) for i, j in ((40, 90), (40, 200), (90, 200))]
@@ -118,6 +120,7 @@ def test_one_order_keeps_the_bias_and_reports_none(service: Live) -> None:
     [result] = compare(service, "bright-judge", item("a lamp", *IMAGES), both_orders=False)
     assert result["probabilities"][0][1] == pytest.approx(expected(40, 90), abs=1e-9)
     assert result["comparisons"][0]["orders"][1] is None
+    assert result["comparisons"][0]["parse_orders"] == ["ok", None]
     assert result["position_bias"] is None
 
 
@@ -168,11 +171,23 @@ def test_an_answer_without_a_verdict_is_a_failed_comparison_and_never_a_tie(serv
     assert comparison["orders"] == [None, None]
     assert comparison["error"]["code"] == f"answer_{status}"
     assert status in comparison["parse"]
+    assert comparison["parse_orders"] == [f"answer_{status}"] * 2
     assert len(comparison["text"]) == 2
     assert result["win_rate"] == [None, None]
     assert result["strength"] == [None, None]
     after = service.metric("reward_sample_errors_total", model="bright-writer", code=f"answer_{status}")
     assert after == before + 2
+
+
+def test_an_order_that_failed_is_told_from_the_one_that_did_not(service: Live) -> None:
+    """The writer's answer is cut off where the darker image comes first."""
+    [result] = compare(service, "bright-writer", item("a lopsided lamp", *IMAGES[:2]), explain=True)
+    [comparison] = result["comparisons"]
+    assert comparison["parse_orders"] == ["answer_truncated", "ok"]
+    assert comparison["parse"] == "answer_truncated"
+    assert comparison["orders"] == [None, 0.0]
+    assert comparison["probability"] == 0.0
+    assert comparison["error"] is None
 
 
 def test_items_fail_alone(service: Live) -> None:
@@ -268,25 +283,74 @@ def gradient(service: Live, request: dict[str, Any], tensors: dict[str, NDArray[
     return service.post("/gradient", content=tensor_body(request, tensors), headers={"content-type": SAFETENSORS})
 
 
-@pytest.mark.parametrize("reference", [grey(120), pixels(120)], ids=["uint8", "float32"])
-def test_the_gradient_of_being_preferred_to_the_reference(service: Live, reference: NDArray[Any]) -> None:
-    request = score_body("bright-judge", {"prompt": "a lamp", "images": ["x"], "reference": {"image": "r"}})
-    response = gradient(service, request, {"x": pixels(90), "r": reference})
+def against_reference(prompt: str, **extra: Any) -> dict[str, Any]:
+    return score_body("bright-judge", {"prompt": prompt, "images": ["x"], "reference": {"image": "r"}}, **extra)
+
+
+def answered(response: Any) -> dict[str, Any]:
+    """The one item of an answer."""
     assert response.status_code == 200, response.text
-    tensors = safetensors.numpy.load(response.content)
     header = json.loads(response.content[8 : 8 + int.from_bytes(response.content[:8], "little")])
-    answer = json.loads(header["__metadata__"]["response"])
+    [result] = json.loads(header["__metadata__"]["response"])["results"]
+    return dict(result)
+
+
+def slope(probability: float) -> float:
+    """Of P(preferred) in one of the pixels of an image."""
+    return SHARPNESS * probability * (1 - probability) / (3 * 24 * 20)
+
+
+@pytest.mark.parametrize("reference", [grey(120), pixels(120)], ids=["uint8", "float32"])
+def test_the_gradient_of_being_preferred_to_the_reference_in_both_orders(
+    service: Live, reference: NDArray[Any]
+) -> None:
+    response = gradient(service, against_reference("a lamp"), {"x": pixels(90), "r": reference})
+    assert answered(response)["scores"]["bright-judge"] == pytest.approx([both(90, 120)], abs=1e-6)
+    mean = (slope(expected(90, 120)) + slope(expected(120, 90))) / 2
+    np.testing.assert_allclose(safetensors.numpy.load(response.content)["x"], mean, rtol=1e-5)
+
+
+def test_the_gradient_in_one_order_keeps_the_bias(service: Live) -> None:
+    request = against_reference("a lamp", both_orders=False)
+    response = gradient(service, request, {"x": pixels(90), "r": pixels(120)})
     probability = expected(90, 120)
-    assert answer["results"][0]["scores"]["bright-judge"] == pytest.approx([probability], abs=1e-6)
-    slope = SHARPNESS * probability * (1 - probability) / (3 * 24 * 20)
-    np.testing.assert_allclose(tensors["x"], slope, rtol=1e-5)
+    assert abs(probability - both(90, 120)) > 0.05
+    assert answered(response)["scores"]["bright-judge"] == pytest.approx([probability], abs=1e-6)
+    np.testing.assert_allclose(safetensors.numpy.load(response.content)["x"], slope(probability), rtol=1e-5)
+
+
+def test_an_order_that_failed_leaves_no_gradient_of_the_other(service: Live) -> None:
+    response = gradient(service, against_reference("a lopsided lamp"), {"x": pixels(90), "r": pixels(120)})
+    result = answered(response)
+    assert result["scores"]["bright-judge"] == [None]
+    assert result["errors"][0][0]["code"] == "answer_unparseable"
+    assert "x" not in safetensors.numpy.load(response.content)
+    one = gradient(
+        service, against_reference("a lopsided lamp", both_orders=False), {"x": pixels(90), "r": pixels(120)}
+    )
+    assert answered(one)["scores"]["bright-judge"] == pytest.approx([expected(90, 120)], abs=1e-6)
+
+
+def test_a_model_that_scores_one_image_has_no_orders(service: Live) -> None:
+    """Beside a judge too: its score and its gradient are the same, and weigh in the total."""
+    alone = score_body("tiny-tower", {"prompt": "a lamp", "images": ["x"]})
+    plain = gradient(service, alone, {"x": pixels(90)})
+    [tower] = answered(plain)["scores"]["tiny-tower"]
+    for both_orders, preferred in ((True, both(90, 120)), (False, expected(90, 120))):
+        told = gradient(service, {**alone, "both_orders": both_orders}, {"x": pixels(90)})
+        assert answered(told)["scores"]["tiny-tower"] == [tower]
+        np.testing.assert_array_equal(*(safetensors.numpy.load(each.content)["x"] for each in (plain, told)))
+        mixed = {
+            **against_reference("a lamp", both_orders=both_orders),
+            "models": {"tiny-tower": 1.0, "bright-judge": 2.0},
+        }
+        total = answered(gradient(service, mixed, {"x": pixels(90), "r": pixels(120)}))["total"]
+        assert total == pytest.approx([tower + 2 * preferred], abs=1e-5)
 
 
 def test_a_gradient_needs_a_reference(service: Live) -> None:
     response = gradient(service, score_body("bright-judge", {"prompt": "a", "images": ["x"]}), {"x": pixels(90)})
-    header = json.loads(response.content[8 : 8 + int.from_bytes(response.content[:8], "little")])
-    answer = json.loads(header["__metadata__"]["response"])
-    assert answer["results"][0]["errors"][0][0]["code"] == "reference_missing"
+    assert answered(response)["errors"][0][0]["code"] == "reference_missing"
 
 
 def test_a_judge_that_writes_has_no_gradient(service: Live) -> None:

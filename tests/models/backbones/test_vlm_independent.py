@@ -1,5 +1,6 @@
 """Turns whose pictures do not see each other: cached against whole, against the meaning of the words, and the laws."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -126,7 +127,7 @@ def test_blocks_cover_all_between_head_and_tail(head: int, counts: list[int], be
     blocks = split_blocks(places, counts)
     assert blocks[0].start == head
     assert blocks[-1].stop == places[-1] + 1
-    assert all(one.stop == other.start for one, other in zip(blocks, blocks[1:], strict=False))
+    assert all(one.stop == other.start for one, other in itertools.pairwise(blocks))
     seen = visible(length, blocks)
     for token in range(length):
         own = next((block for block in blocks if block.start <= token < block.stop), None)

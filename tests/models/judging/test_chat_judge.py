@@ -149,6 +149,17 @@ def test_the_gradient_is_of_the_probability_that_the_first_is_preferred() -> Non
         assert chat.asked[0].parts[0] is B
 
 
+def test_the_gradient_of_the_second_place_is_of_the_same_probability() -> None:
+    pixels = torch.full((3, 4, 6), 0.25)
+    chat = ScriptedGradientChat()
+    output, gradient = RewardDance.load(LoadOptions(chat=chat)).gradient(Comparison("x", B, A), pixels, "second")
+    assert output.score == pytest.approx(0.25)
+    assert gradient == pytest.approx(torch.full_like(pixels, 1 / pixels.numel()))
+    # The reference comes first, as in the paper.
+    assert [part is pixels for part in chat.asked[0].parts] == [True, False, False]
+    assert chat.asked[0].parts[1] is B
+
+
 def test_the_gradient_of_several_criteria_is_their_mean() -> None:
     judge = OneReward.load(LoadOptions(chat=ScriptedGradientChat()))
     pixels = torch.full((3, 4, 6), 0.25)

@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.backbones.qwen2_vl import encode_patches
+from models.backbones.vlm import LocalChat
+from models.base import Candidate, LoadOptions
+from models.judge import Comparison, Preference
 from models.judging.pairs import parse_think
 from models.judging.templates import load_template
 from models.shapes.judge import (
@@ -31,17 +34,19 @@ from models.shapes.judge_data import (
     examples,
     random_pair,
     reasoning_examples,
+    text_first_examples,
     think_examples,
     yes_no_examples,
 )
-from models.shapes.judge_evaluation import draw_pairs, held_out_pairs, yes_probabilities
-from models.shapes.judge_text import BEST, WORDS, check_reasons, describe, points, reasons, think_answer
+from models.shapes.judge_evaluation import draw_pairs, held_out_pairs, text_first_probabilities, yes_probabilities
+from models.shapes.judge_text import BEST, WORDS, check_reasons, describe, findings, points, reasons, think_answer
 from models.shapes.oracle import examine
 from models.shapes.preferences import TRAINING_SPLIT
 from models.shapes.rules import explain
 from models.shapes.scenes import random_scene, truth
 from models.shapes.train_judge import JudgeConfig, answer_loss, optimizers, rate
 from models.shapes.world import render
+from models.shapes_judge import ShapesJudge
 
 TOKENIZER = build_tokenizer()
 
@@ -155,8 +160,7 @@ def test_the_folder_answers_as_the_trained_network_did(processor: Any, tmp_path:
         embeddings = read.get_input_embeddings()(batch.ids)
         tokens = encode_patches(read.model.visual, batch.patches, side, side).flatten(0, 1)
         embeddings = embeddings.masked_scatter((batch.ids == read.config.image_token_id)[..., None], tokens)
-        positions = batch.positions[:, None].expand(3, *batch.ids.shape)
-        hidden = read.model.language_model(inputs_embeds=embeddings, position_ids=positions).last_hidden_state
+        hidden = read.model.language_model(inputs_embeds=embeddings, position_ids=batch.positions).last_hidden_state
         starts = (batch.targets != IGNORED).int().argmax(1)
         yes, no = (processor.tokenizer(word).input_ids[0] for word in ("yes", "no"))
         logits = read.lm_head(hidden)[torch.arange(len(pairs)), starts][:, [yes, no]]
@@ -238,3 +242,39 @@ def test_the_one_word_of_a_decision_counts_most() -> None:
     for i, pair in enumerate(pairs):
         place = int(batch.weights[i].argmax())
         assert processor.tokenizer.decode([int(batch.targets[i][place])]) == ("no" if pair.first_is_better else "yes")
+
+
+def test_text_first_says_one_word_and_then_why() -> None:
+    processor = build_processor()
+    pairs = some_pairs(8)
+    question = load_template("shapes_judge_text_first").text
+    batch = text_first_examples(processor, pairs, question, np.random.default_rng(0))
+    for i, pair in enumerate(pairs):
+        learned = processor.tokenizer.decode(batch.targets[i][batch.targets[i] != IGNORED])
+        word = "no" if pair.first_is_better else "yes"
+        assert learned == f"{word}.\n{findings(pair.prompt, pair.scenes)}<|im_end|>"
+        assert processor.tokenizer.decode([int(batch.targets[i][int(batch.weights[i].argmax())])]) == word
+
+
+def test_text_first_is_trained_as_the_product_asks_it(
+    processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the training and evaluation against the judge itself, whose blocks are cached."""
+    torch.manual_seed(3)
+    save(build_model(processor.tokenizer).eval(), processor, tmp_path)
+    model, read_processor = load(tmp_path)
+    pairs = held_out_pairs(12)
+    images = draw_pairs(pairs)
+    prompts = [pair.prompt.text for pair in pairs]
+    expected = text_first_probabilities(model, read_processor, prompts, images)
+    # The judge sums the spellings of a word; training knows one.
+    monkeypatch.setattr(LocalChat, "spellings", lambda self, word: tuple(processor.tokenizer(word).input_ids))
+    judge = ShapesJudge.load(LoadOptions(weights=str(tmp_path), options={"mode": "text_first"}))
+    asked = [
+        Comparison(prompt, *(Candidate(image=image) for image in both))
+        for prompt, both in zip(prompts, images, strict=True)
+    ]
+    found = judge.compare([judge.prepare_comparison(comparison) for comparison in asked])
+    probabilities = [result.probability for result in found if isinstance(result, Preference)]
+    assert [1 - p for p in probabilities] == pytest.approx(expected, abs=1e-5)
+    assert np.std(expected) > 1e-4

@@ -4,12 +4,15 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
 
-from models.base import LoadOptions, Output
+from models.base import Candidate, LoadOptions, Output
+from models.judge import Comparison, Preference
+from models.reward_dance import RewardDance
 from models.towers import TowerInput
 from service.engine.batcher import GradientResult
-from service.engine.gradient import TowerGradient
+from service.engine.gradient import JudgeGradient, TowerGradient
 from tests.service.engine import tiny
 
 
@@ -83,3 +86,58 @@ def test_one_image_that_does_not_fit_raises_in_service() -> None:
     model = limited(fits=0)
     with pytest.raises(torch.OutOfMemoryError):
         TowerGradient(model, 4).run(inputs(model, 3))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> RewardDance:
+    """A random network."""
+    return RewardDance.load(RewardDance.random_checkpoint(tmp_path_factory.mktemp("judge")))
+
+
+def shown(pixels: Tensor) -> Candidate:
+    levels = (pixels * 255).round().to(torch.uint8)
+    return Candidate(image=PILImage.fromarray(levels.permute(1, 2, 0).numpy()))
+
+
+def preferred(judge: RewardDance, pixels: Tensor, reference: Candidate, *, both_orders: bool = True) -> GradientResult:
+    prepared = JudgeGradient.prepare("a cat", pixels, reference, None, both_orders)
+    (result,) = JudgeGradient(judge).run([prepared])
+    assert isinstance(result, GradientResult)
+    return result
+
+
+def test_both_orders_of_a_judge_are_the_mean_of_what_it_says_in_each(judge: RewardDance) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels, other = ((torch.rand(3, 56, 84, generator=generator) * 255).round() / 255 for _ in range(2))
+    candidate, reference = shown(pixels), shown(other)
+    said = []
+    for first, second in ((candidate, reference), (reference, candidate)):
+        (answer,) = judge.compare([judge.prepare_comparison(Comparison("a cat", first, second))])
+        assert isinstance(answer, Preference)
+        said.append(answer.probability)
+    assert abs(said[0] + said[1] - 1) > 0.01, "this network has no position bias that could cancel"
+    whole = preferred(judge, pixels, reference)
+    one = preferred(judge, pixels, reference, both_orders=False)
+    assert one.output.score == pytest.approx(said[0], abs=1e-5)
+    assert whole.output.score == pytest.approx((said[0] + 1 - said[1]) / 2, abs=1e-5)
+    _, against = judge.gradient(Comparison("a cat", reference, reference), pixels, "second")
+    torch.testing.assert_close(whole.gradient, (one.gradient - against) / 2)
+    step = 1e-2 * whole.gradient / whole.gradient.norm()
+    up, down = (preferred(judge, pixels + sign * step, reference).output.score for sign in (1, -1))
+    assert up - down == pytest.approx(2e-2 * float(whole.gradient.norm()), rel=0.1)
+
+
+@pytest.mark.parametrize("both_orders", [True, False])
+def test_the_watchdog_hears_of_every_order(judge: RewardDance, both_orders: bool) -> None:
+    heard: list[int] = []
+    pixels = torch.rand(3, 56, 56, generator=torch.Generator().manual_seed(2))
+    entry = JudgeGradient.prepare("a cat", pixels, shown(pixels), None, both_orders)
+    JudgeGradient(judge, lambda: heard.append(1)).run([entry, entry])
+    assert len(heard) == (4 if both_orders else 2)
+
+
+def test_swapping_image_and_reference_turns_the_preference_around(judge: RewardDance) -> None:
+    generator = torch.Generator().manual_seed(1)
+    pixels, other = ((torch.rand(3, 56, 56, generator=generator) * 255).round() / 255 for _ in range(2))
+    forwards, backwards = preferred(judge, pixels, shown(other)), preferred(judge, other, shown(pixels))
+    assert forwards.output.score + backwards.output.score == pytest.approx(1, abs=1e-5)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 import models.catalog  # noqa: F401
 from models.base import Candidate, LoadOptions
-from models.judge import Comparison, Preference
+from models.judge import Comparison, Generation, Preference
 from models.registry import get_model, load_model
 from models.shapes.world import Scene, SceneObject, render
 from service.engine.batcher import GradientResult
+from service.engine.engine import Engine
+from service.engine.judging import PROBE_TOKENS
 from service.engine.request import Made, Maker
 from service.engine.worker import TensorSample
 from service.settings import Settings
@@ -122,6 +124,55 @@ def test_short_requests_are_answered_while_the_judge_writes(weights: str, candid
             results = await asked
             codes = [getattr(result.outcomes[NAME], "code", "ok") for result in results]
             assert all(code == "ok" or code.startswith("answer_") for code in codes)
+
+    asyncio.run(main())
+
+
+def written_by(engine: Engine) -> list[Generation]:
+    """How the judge's answers are made, from now on."""
+    judge: Any = engine.workers[NAME].model
+    made: list[Generation] = []
+    generate = judge.chat.generate
+
+    def noted(turns: Any, how: Generation) -> Any:
+        made.append(how)
+        return generate(turns, how)
+
+    judge.chat.generate = noted
+    return made
+
+
+def test_readiness_asks_a_judge_that_writes_for_a_few_tokens(weights: str, candidates: list[Candidate]) -> None:
+    """What they say has no verdict, which is no failure; a request still has its whole answer."""
+
+    async def main() -> None:
+        chosen = settings(weights, model={"options": {"mode": "think", "max_tokens": 30}})
+        async with serving(chosen) as engine:
+            made, worker = written_by(engine), engine.workers[NAME]
+            rate, worker.last_success = worker.batcher.rate, 0.0
+            assert (await engine.check_ready())[NAME]
+            assert [how.max_tokens for how in made] == [PROBE_TOKENS]
+            assert worker.last_success > 0
+            assert worker.batcher.rate == rate
+            await ask(engine, [NAME], makers(candidates[:2]), job="compare", seconds=60)
+            assert {how.max_tokens for how in made[1:]} == {30}
+
+    asyncio.run(main())
+
+
+def test_a_judge_whose_network_is_broken_is_not_ready(weights: str) -> None:
+    async def main() -> None:
+        chosen = settings(weights, model={"options": {"mode": "think", "max_tokens": 30}}, ready_max_age_s=0.0)
+        async with serving(chosen) as engine:
+            head = engine.workers[NAME].model.chat.model.lm_head  # type: ignore[attr-defined]
+            whole = head.weight.clone()
+            assert (await engine.check_ready())[NAME]
+            head.weight.fill_(float("nan"))
+            assert not (await engine.check_ready())[NAME]
+            head.weight.copy_(whole)
+            assert (await engine.check_ready())[NAME]
+            head.weight = torch.nn.Parameter(whole[:, :-1], requires_grad=False)  # every forward raises
+            assert not (await engine.check_ready())[NAME]
 
     asyncio.run(main())
 

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from models.base import Calibration, LoadOptions, Output, RewardInfo, Sample, SampleError, UnsupportedInput
-from models.judge import Answer, AnswerError, Comparison, FeatureStore, Generation, Judge, Preference, Turn, WordScores
+from models.judge import (
+    Answer,
+    AnswerError,
+    Comparison,
+    FeatureStore,
+    Generation,
+    Judge,
+    Place,
+    Preference,
+    Turn,
+    WordScores,
+)
 from models.judging.templates import MissingField
 from models.registry import register
 from tests.service.bodies import INNER_TEXT
@@ -137,11 +148,15 @@ class BrightJudge(_Bright):
             answers.append(Preference(2.0 if "impossible" in question.prompt else probability, {"mass": 1.0}))
         return answers
 
-    def gradient(self, comparison: Comparison, pixels: Tensor) -> tuple[Output, Tensor]:
-        second = float(np.asarray(comparison.second.image).mean() / 255)
-        logit = SHARPNESS * (float(pixels.mean()) - second) + self.chat.bias
+    def gradient(self, comparison: Comparison, pixels: Tensor, place: Place = "first") -> tuple[Output, Tensor]:
+        if "lopsided" in comparison.prompt and place == "second":
+            raise AnswerError("unparseable", "the judge has nothing to say about the second image")
+        other = comparison.second if place == "first" else comparison.first
+        sign = 1 if place == "first" else -1
+        darker = float(np.asarray(other.image).mean() / 255)
+        logit = sign * SHARPNESS * (float(pixels.mean()) - darker) + self.chat.bias
         probability = 1 / (1 + math.exp(-logit))
-        slope = SHARPNESS * probability * (1 - probability) / pixels.numel()
+        slope = sign * SHARPNESS * probability * (1 - probability) / pixels.numel()
         return Output(probability, {"mass": 1.0}), torch.full_like(pixels, slope)
 
 
@@ -159,6 +174,8 @@ class BrightWriter(_Bright):
                 continue
             texts = [answer.text for answer in written]
             fault = next((fault for fault in FAULTS if fault in question.prompt), None)
+            if "lopsided" in question.prompt and question.first < question.second:
+                fault = "truncated"
             if fault is not None:
                 answers.append(AnswerError(fault, f"the judge's answer has no verdict: it is {fault}", texts))
             else:
