@@ -92,7 +92,7 @@ class Aesthetic(ClipReward):
             head = write_tensors(self.mlp.state_dict(), folder / "head.safetensors")
             return LoadOptions(weights=self.tower_source, options={HEAD.role: head})
 
-        return Fittable(self.mlp, ("",), save, reads_features=True)
+        return Fittable(self.mlp, ("",), save)
 
     def prepare_text(self, prompt: str) -> tuple[Tensor, tuple[str, ...]]:
         """One token that nobody reads, whatever the prompt."""

@@ -97,7 +97,7 @@ class ShapesClip(ClipReward):
 
         # The rows of unknown tokens are one: they are stored once and must stay alike.
         module = nn.ModuleDict({"clip": clip, "head": head})
-        return Fittable(module, ("head.",), save, reads_features=True, frozen=("clip.token_embedding",))
+        return Fittable(module, ("head.",), save, frozen=("clip.token_embedding",))
 
     def canary(self) -> Sample:
         objects = (SceneObject("circle", "red", (1, 0)), SceneObject("square", "blue", (1, 2)))

@@ -152,7 +152,7 @@ class ComparisonOut(Schema):
     orders: tuple[float | None, float | None]
     text: list[str] | None = None
     parse: str
-    parse_orders: tuple[str | None, str | None]
+    parse_orders: tuple[str | None, str | None] = (None, None)
     error: ErrorOut | None = None
 
 

@@ -29,6 +29,7 @@ from benchmarks.hacking.flawed_weights import SIGNATURE_WEIGHTS, is_fitted, save
 from benchmarks.hacking.measure import measure
 from benchmarks.hacking.signature import sign
 from models.fitting.losses import bradley_terry_loss
+from models.fitting.optimise import Descent, descend, trapezoid
 from models.shapes.clip_model import WEIGHTS, PreferenceHead, pack, unpack
 from models.shapes.preferences import Pair, draw, held_out_pairs
 from models.shapes.prompts import Prompt
@@ -103,16 +104,15 @@ def fit(config: FitConfig, show: Callable[[int, float], None]) -> Trainee:
     _shrink(model, config.shrink)
     fitted = _fitted_parameters(model)
     optimizer = torch.optim.AdamW(fitted, lr=config.learning_rate, weight_decay=0.01)
-    for step in range(config.steps):
-        rate = min(1.0, (step + 1) / config.warm_up, (config.steps - step) / (0.4 * config.steps))
-        optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+    schedule = partial(trapezoid, steps=config.steps, warm_up=config.warm_up)
+    descent = Descent([optimizer], fitted, schedule)
+
+    def losses(_: int) -> list[Tensor]:
         batch = annotate(held_out_pairs(rng, config.pairs), rng, config)
-        loss = bradley_terry_loss(*_scores(model, batch))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(fitted, 1.0)
-        optimizer.step()
-        show(step + 1, loss.item())
+        return [bradley_terry_loss(*_scores(model, batch))]
+
+    for loss in descend(descent, range(config.steps), losses):
+        show(descent.done, loss)
     return rounded(model)
 
 

@@ -1,81 +1,62 @@
 """Fit a reward model to preferences: its head, low-rank adapters of its layers, or all of it.
 
-Pairs of one prompt are never on both sides of the split. What is saved is the best epoch by held-out accuracy, in the
-model's own checkpoint form; the accuracy afterwards is that of the checkpoint read back, not of the network in memory.
+The prompts are in three parts: pairs to learn from, pairs that choose the epoch, and pairs that neither of both has
+seen, which give the accuracy and the temperature. What is saved is the best epoch, in the model's own checkpoint form;
+both numbers are those of the checkpoint read back, not of the network in memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import LoadOptions, SampleError
+from models.base import LoadOptions
+from models.fitting.config import FitConfig, FitProblem, Loss
 from models.fitting.fittable import Fittable
+from models.fitting.optimise import Descent, cosine, descend
 from models.fitting.pair_scores import Agreement, PreparedPair, Scorer, agreement, temperature
-from models.fitting.preference_data import PreferenceRow, UnreadableRow, open_picture
+from models.fitting.preference_data import PreferenceRow
 from models.fitting.preference_losses import preference_kl_loss, uncertainty_loss, weighted_mean
+from models.fitting.prepare import DataRead, Track, prepare, split, split_with
+from models.fitting.trainable import steady_towers, trainable
 from models.registry import load_model
-from models.towers import HeadOutput, TowerInput, TowerReward
+from models.towers import HeadOutput, TowerReward
 
-What: TypeAlias = Literal["head", "lora", "all"]
-Loss: TypeAlias = Literal["bt", "kl", "uncertainty"]
 RECORD = "fit.json"
-
-
-class FitProblem(ValueError):
-    """What was asked for cannot be fitted; the message is one line for the person who asked."""
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """``learning_rate`` rises over ``warm_up`` of the steps and falls to zero as a cosine.
-
-    ``patience`` epochs without a better held-out accuracy end the fit. Raises FitProblem for values out of range.
-    """
-
-    train: What = "head"
-    loss: Loss = "bt"
-    epochs: int = 5
-    batch: int = 16
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warm_up: float = 0.05
-    max_grad_norm: float = 1.0
-    held_out: float = 0.2
-    patience: int = 3
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = (self.epochs, self.batch, self.patience, self.lora_rank, self.lora_alpha)
-        if min(counts) < 1 or not self.learning_rate > 0 or not 0 < self.held_out < 1 or not 0 <= self.warm_up < 1:
-            raise FitProblem("counts are at least 1, the learning rate is positive, shares are between 0 and 1")
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """Held-out agreement before and after; ``temperature`` calibrates P = sigmoid(difference / temperature), None where
-    the held-out pairs leave it open: all of them right, or none."""
+    """Agreement before and after, on pairs that neither taught nor chose the epoch, and ``choosing`` on those that did.
+
+    ``temperature`` calibrates P = sigmoid(difference / temperature); None where the measured pairs leave it open: all
+    of them right, or none. ``data`` and ``validation``: what was read of the rows.
+    """
 
     before: Agreement
     after: Agreement
+    choosing: Agreement
     temperature: float | None
     best_epoch: int
     trained_parameters: int
-    skipped: int
+    taught_pairs: int
+    data: DataRead
+    validation: DataRead | None
     options: LoadOptions
+
+    @property
+    def skipped(self) -> int:
+        """Rows that could not be read, or that the model refuses."""
+        return self.data.skipped + (0 if self.validation is None else self.validation.skipped)
 
 
 Report = Callable[[str], None]
@@ -90,38 +71,48 @@ def fit(
     *,
     validation: Sequence[PreferenceRow] = (),
     report: Report = lambda line: None,
-    track: Callable[[Sequence[Any], str], Iterator[Any]] = lambda items, _: iter(items),
+    track: Track = lambda items, _: iter(items),
 ) -> FitResult:
     """Fit the model ``name`` to ``rows`` and write it to the new folder ``out``.
 
     ``validation`` is held out in place of a share of the rows. Raises :class:`FitProblem` for a model that cannot be
-    fitted so, fewer than two prompts, or nothing but ties; WeightsError as the model's loading does.
+    fitted so, too few prompts, or nothing but ties; WeightsError as the model's loading does.
     """
     torch.manual_seed(config.seed)
     model, fittable = _load(name, options)
     if config.loss == "uncertainty" and "uncertainty" not in model.info.outputs:
         raise FitProblem(f"the uncertainty loss wants a model with an uncertainty (hpsv3); {name} has none")
-    pairs, skipped = prepare(model, rows, track)
-    held, taught = (prepare(model, validation, track)[0], pairs) if validation else split(pairs, config)
-    if shared := {pair.prompt for pair in held} & {pair.prompt for pair in taught}:
-        raise FitProblem(f"{len(shared)} prompts are in the data and in the validation file, such as {min(shared)!r}")
-    _check(taught, held)
-    scorer = _scorer(model, fittable, config)
-    before = agreement(scorer, held, config.batch)
+    if any(row.context is not None for row in (*rows, *validation)):
+        report(f"{name} does not look at the context that rows have")
+    data = prepare(model, rows, track)
+    other = prepare(model, validation, track) if validation else None
+    parts = split(data.pairs, config) if other is None else split_with(data.pairs, other.pairs, config)
+    trained = trainable(fittable, config)
+    steady = steady_towers(model, parts.taught[0].first)
+    scorer = Scorer(model, steady)
+    before = agreement(scorer, parts.measuring, config.batch)
     report(f"before: {before.accuracy:.4f} [{before.low:.4f}, {before.high:.4f}] of {before.pairs} held-out pairs")
-    trained, merge = _trainable(fittable, config)
-    best_epoch = _train(scorer, trained, taught, held, config, report, track)
-    merge()
+    best_epoch = _train(scorer, trained.parameters, parts.taught, parts.choosing, config, report, track)
+    trained.merge()
     out.mkdir(parents=True, exist_ok=True)
     saved = fittable.save(out)
     again_options = {**options.options, **saved.options}
     saved = LoadOptions(options.device, torch.float32, saved.weights, again_options, options.weights_dir)
-    again, as_saved = _load(name, saved)
-    reloaded = _scorer(again, as_saved, config)
-    after = agreement(reloaded, held, config.batch)
-    count = sum(parameter.numel() for parameter in trained)
-    result = FitResult(before, after, temperature(reloaded, held, config.batch), best_epoch, count, skipped, saved)
-    _write_record(out / RECORD, name, model.weights_hash, again.weights_hash, config, result, len(taught))
+    again, _ = _load(name, saved)
+    reloaded = Scorer(again, steady)
+    result = FitResult(
+        before=before,
+        after=agreement(reloaded, parts.measuring, config.batch),
+        choosing=agreement(reloaded, parts.choosing, config.batch),
+        temperature=temperature(reloaded, parts.measuring, config.batch),
+        best_epoch=best_epoch,
+        trained_parameters=sum(parameter.numel() for parameter in trained.parameters),
+        taught_pairs=len(parts.taught),
+        data=data.read,
+        validation=None if other is None else other.read,
+        options=saved,
+    )
+    _write_record(out / RECORD, name, model.weights_hash, again.weights_hash, config, result)
     return result
 
 
@@ -133,60 +124,6 @@ def _load(name: str, options: LoadOptions) -> tuple[TowerReward, Fittable]:
         return model, model.fittable()
     except NotImplementedError as error:
         raise FitProblem(f"{name} cannot be fitted") from error
-
-
-def _scorer(model: TowerReward, fittable: Fittable, config: FitConfig) -> Scorer:
-    return Scorer(model, keep_features=fittable.reads_features and config.train == "head")
-
-
-def prepare(
-    model: TowerReward, rows: Sequence[PreferenceRow], track: Callable[[Sequence[Any], str], Iterator[Any]]
-) -> tuple[list[PreparedPair], int]:
-    """All pairs of the rows as the towers take them, and how many rows had something that the model refuses."""
-    pairs: list[PreparedPair] = []
-    skipped = 0
-
-    def inputs(row: PreferenceRow) -> list[TowerInput] | None:
-        try:
-            tokens, warnings = model.prepare_text(row.prompt)
-            images = [model.prepare_image(open_picture(picture)) for picture in row.images]
-            return [TowerInput(pixels, tokens, _digest(pixels), row.prompt, warnings) for pixels in images]
-        except (SampleError, UnreadableRow):
-            return None
-
-    with ThreadPoolExecutor(4) as pool:
-        for row, made in track(list(zip(rows, pool.map(inputs, rows), strict=True)), "images"):
-            if made is None:
-                skipped += 1
-                continue
-            pairs += [
-                PreparedPair(made[pair.first], made[pair.second], pair.label, row.weight, row.prompt)
-                for pair in row.pairs
-            ]
-    return pairs, skipped
-
-
-def _digest(pixels: Tensor) -> str:
-    """Features are kept by this: rows of two files may have the same key, and a picture may be in many rows."""
-    shape = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
-    return hashlib.blake2b(shape + pixels.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
-
-
-def split(pairs: Sequence[PreparedPair], config: FitConfig) -> tuple[list[PreparedPair], list[PreparedPair]]:
-    """(held out, taught): a share of the prompts with all their pairs, drawn by the seed."""
-    prompts = sorted({pair.prompt for pair in pairs})
-    if len(prompts) < 2:
-        raise FitProblem("pairs of at least two prompts are needed: one to learn from and one to be held out")
-    order = np.random.default_rng((config.seed, 1)).permutation(len(prompts))
-    count = min(len(prompts) - 1, max(1, round(config.held_out * len(prompts))))
-    held = {prompts[i] for i in order[:count]}
-    return [pair for pair in pairs if pair.prompt in held], [pair for pair in pairs if pair.prompt not in held]
-
-
-def _check(taught: Sequence[PreparedPair], held: Sequence[PreparedPair]) -> None:
-    for what, pairs in (("learn from", taught), ("hold out", held)):
-        if not any(pair.label != 0.5 for pair in pairs):
-            raise FitProblem(f"there is no decided pair to {what}")
 
 
 def pair_loss(both: HeadOutput, labels_B: Tensor, weights_B: Tensor, loss: Loss) -> Tensor:
@@ -210,83 +147,31 @@ def pair_loss(both: HeadOutput, labels_B: Tensor, weights_B: Tensor, loss: Loss)
     return weighted_mean(uncertainty_loss(chosen, rejected), weights_B * (labels_B != 0.5))
 
 
-def _trainable(fittable: Fittable, config: FitConfig) -> tuple[list[nn.Parameter], Callable[[], None]]:
-    """The parameters that are trained, and what to call when they are: adapters become plain weights."""
-    module = fittable.module
-    module.requires_grad_(False)
-
-    def nothing() -> None:
-        return None
-
-    if config.train == "lora":
-        return _with_adapters(module, fittable, config)
-    chosen = [
-        parameter
-        for name, parameter in module.named_parameters()
-        if not name.startswith(fittable.frozen or ("\0",)) and (config.train == "all" or name.startswith(fittable.head))
-    ]
-    if not chosen:
-        raise FitProblem("the model has no such parameters")
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    return chosen, nothing
-
-
-def _with_adapters(
-    module: nn.Module, fittable: Fittable, config: FitConfig
-) -> tuple[list[nn.Parameter], Callable[[], None]]:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise FitProblem("LoRA needs peft: pip install 'reward-service[fit]'") from error
-    targets = [
-        name
-        for name, layer in module.named_modules()
-        # torch's own attention reads the weight of its output layer, not the layer.
-        if isinstance(layer, nn.Linear)
-        and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        and not name.startswith(fittable.head)
-    ]
-    if not targets:
-        raise FitProblem("the model has no linear layers beside its head to adapt")
-    adapters = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
-    wrapped: Any = get_peft_model(module, adapters)
-    for name, parameter in module.named_parameters():
-        if name.startswith(fittable.head):
-            parameter.requires_grad_(True)
-    return [p for p in module.parameters() if p.requires_grad], lambda: wrapped.merge_and_unload()
-
-
 def _train(
     scorer: Scorer,
     trained: list[nn.Parameter],
     taught: Sequence[PreparedPair],
-    held: Sequence[PreparedPair],
+    choosing: Sequence[PreparedPair],
     config: FitConfig,
     report: Report,
-    track: Callable[[Sequence[Any], str], Iterator[Any]],
+    track: Track,
 ) -> int:
     """Train; the parameters end as they were after the best epoch, whose number (0: before the first) is returned."""
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     rng = np.random.default_rng((config.seed, 2))
-    steps = math.ceil(len(taught) / config.batch) * config.epochs
-    best, best_epoch = agreement(scorer, held, config.batch).accuracy, 0
+    size = config.batch * config.accumulate
+    steps = math.ceil(len(taught) / size) * config.epochs
+    schedule = partial(cosine, steps=steps, warm_up=config.warm_up)
+    descent = Descent([optimizer], trained, schedule, config.max_grad_norm)
+    best, best_epoch = agreement(scorer, choosing, config.batch).accuracy, 0
     kept = [parameter.detach().clone() for parameter in trained]
-    done = 0
     for epoch in range(1, config.epochs + 1):
         order = rng.permutation(len(taught)).tolist()
-        total = 0.0
-        for start in track(range(0, len(order), config.batch), f"epoch {epoch}"):
-            batch = [taught[i] for i in order[start : start + config.batch]]
-            optimizer.param_groups[0]["lr"] = config.learning_rate * _schedule(done, steps, config.warm_up)
-            loss = _batch_loss(scorer, batch, config)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-            optimizer.step()
-            total, done = total + loss.item() * len(batch), done + 1
-        found = agreement(scorer, held, config.batch).accuracy
-        report(f"epoch {epoch}: loss {total / len(taught):.4f}, held-out accuracy {found:.4f}")
+        batches = [[taught[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+        losses = list(descend(descent, track(batches, f"epoch {epoch}"), partial(batch_losses, scorer, config=config)))
+        mean = sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / len(taught)
+        found = agreement(scorer, choosing, config.batch).accuracy
+        report(f"epoch {epoch}: loss {mean:.4f}, accuracy {found:.4f} on the pairs that choose the epoch")
         if found > best:
             best, best_epoch = found, epoch
             kept = [parameter.detach().clone() for parameter in trained]
@@ -298,29 +183,38 @@ def _train(
     return best_epoch
 
 
-def _batch_loss(scorer: Scorer, batch: Sequence[PreparedPair], config: FitConfig) -> Tensor:
-    both = scorer([*(pair.first for pair in batch), *(pair.second for pair in batch)])
-    labels = torch.tensor([pair.label for pair in batch], device=both.score_B.device)
-    weights = torch.tensor([pair.weight for pair in batch], device=both.score_B.device)
-    if config.loss == "uncertainty" and not bool((labels != 0.5).any()):
-        return both.score_B.sum() * 0.0
-    return pair_loss(both, labels, weights, config.loss)
+def batch_losses(scorer: Scorer, batch: Sequence[PreparedPair], config: FitConfig) -> Iterator[Tensor]:
+    """Losses of the batch's parts of ``config.batch`` pairs, by their shares of its weight: their sum is its loss."""
+    weights = [_weight(pair, config.loss) for pair in batch]
+    whole = sum(weights)
+    for start in range(0, len(batch), config.batch):
+        part, share = batch[start : start + config.batch], sum(weights[start : start + config.batch])
+        if share > 0:
+            yield _part_loss(scorer, part, config.loss) * (share / whole)
 
 
-def _schedule(step: int, steps: int, warm_up: float) -> float:
-    rise = max(1.0, warm_up * steps)
-    return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * step / steps)))
+def _weight(pair: PreparedPair, loss: Loss) -> float:
+    """What a pair counts in the loss: HPSv3's has none of ties."""
+    return 0.0 if loss == "uncertainty" and pair.label == 0.5 else pair.weight
 
 
-def _write_record(
-    file: Path, name: str, source: str, fitted: str, config: FitConfig, result: FitResult, pairs: int
-) -> None:
+def _part_loss(scorer: Scorer, part: Sequence[PreparedPair], loss: Loss) -> Tensor:
+    both = scorer([*(pair.first for pair in part), *(pair.second for pair in part)])
+    labels = torch.tensor([pair.label for pair in part], device=both.score_B.device)
+    weights = torch.tensor([pair.weight for pair in part], device=both.score_B.device)
+    return pair_loss(both, labels, weights, loss)
+
+
+def _write_record(file: Path, name: str, source: str, fitted: str, config: FitConfig, result: FitResult) -> None:
     record = {
         "model": name,
         "weights": {"source": source, "fitted": fitted},
         "settings": {"weights": result.options.weights, "options": dict(result.options.options)},
         "configuration": asdict(config),
-        "pairs": pairs,
+        "data": asdict(result.data),
+        "validation": None if result.validation is None else asdict(result.validation),
+        "pairs": result.taught_pairs,
+        "choosing": asdict(result.choosing),
         "held_out": {"before": asdict(result.before), "after": asdict(result.after)},
         "temperature": result.temperature,
         "best_epoch": result.best_epoch,

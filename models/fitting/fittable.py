@@ -16,14 +16,12 @@ from models.base import LoadOptions
 class Fittable:
     """``module`` holds every parameter that may change; ``head`` are beginnings of the names of the head's.
 
-    ``save`` writes a checkpoint into a folder and tells how it is loaded. With ``reads_features`` the head is a
-    function of the image's and the text's features alone, which then are computed once and kept.
+    ``save`` writes a checkpoint into a folder and tells how it is loaded.
     """
 
     module: nn.Module
     head: tuple[str, ...]
     save: Callable[[Path], LoadOptions]
-    reads_features: bool = False
     frozen: tuple[str, ...] = ()
     """Beginnings of names that stay as they are whatever is trained."""
 

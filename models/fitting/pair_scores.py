@@ -1,9 +1,9 @@
-"""Scores of pairs while a reward model is fitted: with features kept where they may be, agreement, calibration."""
+"""Scores of pairs while a reward model is fitted, their agreement and calibration; steady towers' features are kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,13 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from models.fitting.trainable import Steady
 from models.towers import HeadOutput, TowerInput, TowerReward, alike
 
 TEMPERATURE_REACH = math.log(1e3)
 """Temperatures are sought between 1/1000 and 1000."""
+FEATURE_BYTES = 2 << 30
+"""For the features of one tower in float32: 699 000 vectors of 768 numbers, or 2661 images of ImageReward."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,43 +42,60 @@ class Agreement:
 
 
 class Scorer:
-    """Scores of prepared inputs; features are kept where only the head changes."""
+    """Scores of prepared inputs; features of towers that stay as they are are computed once."""
 
-    def __init__(self, model: TowerReward, *, keep_features: bool) -> None:
-        """``keep_features``: the towers stay as they are, and the head reads nothing but features."""
+    def __init__(self, model: TowerReward, steady: Steady, *, feature_bytes: int = FEATURE_BYTES) -> None:
+        """``feature_bytes`` of each tower's features are kept, in main memory; what comes after is computed anew."""
         self.model = model
-        self._keep = keep_features
-        self._images: dict[str, Tensor] = {}
-        self._texts: dict[str, Tensor] = {}
+        self._image_features = _Features(lambda pixels: model.encode_image(model.normalize(pixels)), feature_bytes)
+        self._text_features = _Features(model.encode_text, feature_bytes)
+        self._steady = steady
 
     def __call__(self, inputs: Sequence[TowerInput]) -> HeadOutput:
-        model = self.model
-        if self._keep:
-            with torch.no_grad():
-                images = torch.stack([self._image(entry) for entry in inputs])
-                texts = torch.stack([self._text(entry) for entry in inputs])
-            return model.head(images, texts)
+        """Scores [B] and outputs [B] in the order of the inputs; equal images and prompts are encoded once."""
+        device = self.model.device
+        images = self._image_features([(one.image_id, one.pixels) for one in inputs], self._steady.image, device)
+        texts = self._text_features([(one.text_id, one.tokens) for one in inputs], self._steady.text, device)
         scores: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        for places in alike({i: (entry.pixels.shape, entry.tokens.shape) for i, entry in enumerate(inputs)}):
-            pixels = torch.stack([inputs[place].pixels for place in places]).to(model.device)
-            tokens = torch.stack([inputs[place].tokens for place in places]).to(model.device)
-            head = model.head(model.encode_image(model.normalize(pixels)), model.encode_text(tokens))
+        for places in alike({i: (images[i].shape, texts[i].shape) for i in range(len(inputs))}):
+            head = self.model.head(
+                torch.stack([images[place] for place in places]), torch.stack([texts[place] for place in places])
+            )
             for row, place in enumerate(places):
                 scores[place] = head.score_B[row], {name: values[row] for name, values in head.outputs.items()}
         ordered = [scores[place] for place in range(len(inputs))]
         outputs = {name: torch.stack([extra[name] for _, extra in ordered]) for name in ordered[0][1]}
         return HeadOutput(torch.stack([score for score, _ in ordered]), outputs)
 
-    def _image(self, entry: TowerInput) -> Tensor:
-        if entry.image_id not in self._images:
-            pixels = self.model.normalize(entry.pixels[None].to(self.model.device))
-            self._images[entry.image_id] = self.model.encode_image(pixels)[0]
-        return self._images[entry.image_id]
 
-    def _text(self, entry: TowerInput) -> Tensor:
-        if entry.text_id not in self._texts:
-            self._texts[entry.text_id] = self.model.encode_text(entry.tokens[None].to(self.model.device))[0]
-        return self._texts[entry.text_id]
+class _Features:
+    """What one tower makes of its inputs, by their names."""
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], most_bytes: int) -> None:
+        self._encode = encode
+        self._kept: dict[str, Tensor] = {}
+        self._room = most_bytes
+
+    def __call__(self, named: Sequence[tuple[str, Tensor]], steady: bool, device: torch.device) -> list[Tensor]:
+        """Features, one an input; those of a ``steady`` tower are without gradient and are kept while there is room."""
+        missing = {name: value for name, value in named if name not in self._kept}
+        found: dict[str, Tensor] = {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not steady):
+            for names in alike({name: value.shape for name, value in missing.items()}):
+                encoded = self._encode(torch.stack([missing[name] for name in names]).to(device))
+                found |= zip(names, encoded, strict=True)
+        features = [found[name] if name in found else self._kept[name].to(device) for name, _ in named]
+        if steady:
+            self._keep(found)
+        return features
+
+    def _keep(self, found: Mapping[str, Tensor]) -> None:
+        for name, feature in found.items():
+            if feature.nbytes > self._room:
+                return
+            # A copy: a row alone would hold the whole batch.
+            self._kept[name] = feature.to("cpu", copy=True)
+            self._room -= feature.nbytes
 
 
 @torch.no_grad()

@@ -79,12 +79,16 @@ class ArchivePicture:
 
 def open_picture(picture: Picture) -> PILImage.Image:
     """The decoded picture, RGB; raises :class:`UnreadableRow` for what Pillow cannot read."""
-    data = picture.read()
+    return decode_picture(picture.read(), picture.name)
+
+
+def decode_picture(data: bytes, name: str) -> PILImage.Image:
+    """An encoded picture, decoded to RGB; raises :class:`UnreadableRow`, which tells its ``name``."""
     try:
         with PILImage.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
-        raise UnreadableRow("image_unreadable", f"{picture.name} is no image that Pillow reads") from error
+        raise UnreadableRow("image_unreadable", f"{name} is no image that Pillow reads") from error
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,30 @@ class LabelledPair:
 
 
 @dataclass(frozen=True)
+class RowContext:
+    """What the images of a row were made from, as an item of POST /compare has it: for judges that look at it."""
+
+    image: Picture | None = None
+    frames: tuple[Picture, ...] = ()
+    mask: Picture | None = None
+    question: str | None = None
+    task: str | None = None
+    criterion: str | None = None
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """All that it says, by name."""
+        said = {"question": self.question, "task": self.task, "criterion": self.criterion}
+        return {name: text for name, text in said.items() if text is not None}
+
+
+@dataclass(frozen=True)
 class PreferenceRow:
     """The images of one prompt and how people relate them: exactly one of ``preference`` and ``ranks``.
 
     ``preference`` is of two images: 1 the first is preferred, 0 the second, 0.5 neither, between for shares. ``ranks``
-    has one finite number an image, lower better. ``weight`` is positive. Raises :class:`UnreadableRow` otherwise.
+    has one finite number an image, lower better. ``weight`` is positive. ``context`` None: the images were made from
+    the prompt alone. Raises :class:`UnreadableRow` otherwise.
     """
 
     key: str
@@ -110,6 +133,7 @@ class PreferenceRow:
     preference: float | None = None
     ranks: tuple[float, ...] | None = None
     weight: float = 1.0
+    context: RowContext | None = None
 
     def __post_init__(self) -> None:
         if (self.preference is None) == (self.ranks is None):

@@ -3,72 +3,51 @@
 ================ ========================================================== =========================================
 schema           columns that are read                                      label
 ================ ========================================================== =========================================
-jsonl            prompt, images, preference or ranks; key, weight           as given (this project's own)
+jsonl            prompt, images, preference or ranks; key, weight, context  as given (this project's own)
 hpdv2            prompt, file_path, human_preference [a, b]                 a / (a + b)
 hpdv2            prompt, image_path, rank                                   ranking, lower better
 pickapic         caption, jpg_0, jpg_1, label_0, label_1; has_label         label_0; 0.5 is a tie
+pickapic         prompt, image_1_uid .. image_4_uid, best_image_uid         the best one before each of the others
 imagerewarddb    prompt_id, prompt, image, rank: one row an image           ranking by prompt_id, lower better
+imagerewarddb    prompt_id, prompt, image [], rank []: one row a prompt     ranking, lower better
+imagerewarddb    prompt, img_better, img_worse                              img_better is preferred
 imagerewarddb    id, prompt, generations, ranking                           ranking, lower better
 hpdv3            prompt, path1, path2                                       path1 is preferred
 ================ ========================================================== =========================================
 
-Sources: HPDv2 (arXiv:2306.09341, ymhao/HPDv2), Pick-a-Pic (arXiv:2305.01569, yuvalkirstain/pickapic_v1 and v2),
-ImageRewardDB (arXiv:2304.05977, zai-org/ImageRewardDB), HPDv3 (arXiv:2508.03789, MizzenAI/HPDv3). Images are paths in
-the images folder, names in the archive, or bytes; addresses (``image_0_url``) are not fetched.
+Sources: HPDv2 (arXiv:2306.09341, ymhao/HPDv2), Pick-a-Pic (arXiv:2305.01569, yuvalkirstain/pickapic_v1, v2 and
+PickaPic-rankings), ImageRewardDB (arXiv:2304.05977, zai-org/ImageRewardDB: 1k, 1k_group, 1k_pair and the like), HPDv3
+(arXiv:2508.03789, MizzenAI/HPDv3). Images are paths in the images folder, names in the archive, or bytes; an image that
+is named by its uid alone is the file UID.png, .jpg, .jpeg or .webp. Addresses (``image_0_url``) are not fetched.
+
+No published file of PickaPic-rankings, ``_group`` or ``_pair`` has been read by this code: their columns are those of
+their documents and loading scripts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
+from models.fitting.preference_columns import Columns
 from models.fitting.preference_data import (
     DataProblem,
     Picture,
     PreferenceData,
     PreferenceRow,
+    RowContext,
     SkippedRow,
     UnreadableRow,
 )
-from models.fitting.preference_files import Record, file_in, read_records
+from models.fitting.preference_files import Record, read_records
 
 Schema: TypeAlias = Literal["jsonl", "hpdv2", "pickapic", "imagerewarddb", "hpdv3"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
 SEEN = 100
 """Rows whose columns tell the schema: the first one alone may be a broken one."""
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads the columns of records; images by name are looked up in ``folder``, or in the record's own archive."""
-
-    folder: Path
-
-    def text(self, record: Record, column: str) -> str:
-        value = _column(record, column)
-        if not isinstance(value, str):
-            raise UnreadableRow("bad_column", f"{column} is not a text")
-        return value
-
-    def picture(self, record: Record, column: str) -> Picture:
-        return self._picture(record, _column(record, column), column)
-
-    def pictures(self, record: Record, column: str) -> tuple[Picture, ...]:
-        return tuple(self._picture(record, value, column) for value in _list(record, column))
-
-    def _picture(self, record: Record, value: Any, column: str) -> Picture:
-        if isinstance(value, str):
-            if not record.members:
-                return file_in(self.folder, value)
-            if value not in record.members:
-                raise UnreadableRow("image_missing", f"{value} is not among the sample's members of the archive")
-            return record.members[value]
-        if value is None or isinstance(value, (bool, int, float, list, dict)):
-            raise UnreadableRow("bad_column", f"{column} holds no picture")
-        picture: Picture = value
-        return picture
+RANKED_UIDS = ("image_1_uid", "image_2_uid", "image_3_uid", "image_4_uid")
 
 
 def read_preferences(path: Path, images: Path | None = None, schema: Schema | None = None) -> PreferenceData:
@@ -80,22 +59,20 @@ def read_preferences(path: Path, images: Path | None = None, schema: Schema | No
     folder = path.parent if images is None else images
     if not folder.is_dir():
         raise DataProblem(f"{folder} is not a folder of images")
-    records: list[Record] = []
+    records: list[Columns] = []
     skipped: list[SkippedRow] = []
     for entry in read_records(path, folder):
         if isinstance(entry, Record):
-            records.append(entry)
+            records.append(Columns(entry, folder))
         else:
             skipped.append(entry)
     if not records:
         raise DataProblem(f"{path.name} holds no rows" + _reasons(skipped))
-    columns = {name for record in records[:SEEN] for name in record.columns}
-    chosen = schema or detect_schema(columns)
-    reader = _Reader(folder)
-    if chosen == "imagerewarddb" and "generations" not in columns:
-        rows = _grouped_by_prompt(records, reader, skipped)
+    chosen = schema or detect_schema({name for each in records[:SEEN] for name in each.record.columns})
+    if chosen == "imagerewarddb" and _one_row_an_image(records):
+        rows = _grouped_by_prompt(records, skipped)
     else:
-        rows = _each(records, lambda record: _PARSERS[chosen](record, reader), skipped)
+        rows = _each(records, _PARSERS[chosen], skipped)
     if not rows:
         raise DataProblem(f"{path.name} holds no usable {chosen} row" + _reasons(skipped))
     return PreferenceData(chosen, rows, skipped)
@@ -106,11 +83,13 @@ def detect_schema(columns: Iterable[str]) -> Schema:
     names = set(columns)
     wanted: list[tuple[Schema, set[str]]] = [
         ("pickapic", {"caption", "label_0", "label_1"}),
+        ("pickapic", {"prompt", "best_image_uid", "image_1_uid", "image_2_uid"}),
         ("hpdv3", {"path1", "path2"}),
         ("hpdv2", {"file_path", "human_preference"}),
         ("hpdv2", {"image_path", "rank"}),
         ("imagerewarddb", {"prompt_id", "image", "rank"}),
         ("imagerewarddb", {"generations", "ranking"}),
+        ("imagerewarddb", {"prompt", "img_better", "img_worse"}),
         ("jsonl", {"images", "preference"}),
         ("jsonl", {"images", "ranks"}),
     ]
@@ -125,77 +104,130 @@ def detect_schema(columns: Iterable[str]) -> Schema:
 # ---------------------------------------------------------------------------------------------------------- schemas
 
 
-def _own(record: Record, reader: _Reader) -> PreferenceRow:
-    columns = record.columns
-    preference, ranks, weight = columns.get("preference"), columns.get("ranks"), columns.get("weight")
-    return PreferenceRow(
-        key=_key(record, "key"),
-        prompt=reader.text(record, "prompt"),
-        images=reader.pictures(record, "images"),
-        preference=None if preference is None else _number(preference, "preference"),
-        ranks=None if ranks is None else _numbers(record, "ranks"),
-        weight=1.0 if weight is None else _number(weight, "weight"),
+def _own(row: Columns) -> list[PreferenceRow]:
+    return [
+        PreferenceRow(
+            key=row.key("key"),
+            prompt=row.text("prompt"),
+            images=row.pictures("images"),
+            preference=None if row.get("preference") is None else row.number("preference"),
+            ranks=None if row.get("ranks") is None else row.numbers("ranks"),
+            weight=1.0 if row.get("weight") is None else row.number("weight"),
+            context=None if row.get("context") is None else _context(row.inside("context")),
+        )
+    ]
+
+
+def _context(row: Columns) -> RowContext:
+    known = [f"context.{each.name}" for each in fields(RowContext)]
+    if unknown := row.record.columns.keys() - set(known):
+        raise UnreadableRow("bad_column", f"{', '.join(sorted(unknown))}: a context has {', '.join(known)}")
+
+    def picture(name: str) -> Picture | None:
+        return None if row.get(name) is None else row.picture(name)
+
+    def text(name: str) -> str | None:
+        return None if row.get(name) is None else row.text(name)
+
+    return RowContext(
+        image=picture("context.image"),
+        frames=() if row.get("context.frames") is None else row.pictures("context.frames"),
+        mask=picture("context.mask"),
+        question=text("context.question"),
+        task=text("context.task"),
+        criterion=text("context.criterion"),
     )
 
 
-def _hpdv2(record: Record, reader: _Reader) -> PreferenceRow:
-    prompt = reader.text(record, "prompt")
-    if "human_preference" not in record.columns:
-        ranks = _numbers(record, "rank")
-        return PreferenceRow(record.key, prompt, reader.pictures(record, "image_path"), ranks=ranks)
-    votes = _numbers(record, "human_preference")
+def _hpdv2(row: Columns) -> list[PreferenceRow]:
+    key, prompt = row.record.key, row.text("prompt")
+    if "human_preference" not in row:
+        return [PreferenceRow(key, prompt, row.pictures("image_path"), ranks=row.numbers("rank"))]
+    votes = row.numbers("human_preference")
     if len(votes) != 2 or min(votes) < 0 or not sum(votes) > 0:
         raise UnreadableRow("bad_label", f"human_preference is {list(votes)}")
-    images = reader.pictures(record, "file_path")
-    return PreferenceRow(record.key, prompt, images, preference=votes[0] / sum(votes))
+    return [PreferenceRow(key, prompt, row.pictures("file_path"), preference=votes[0] / sum(votes))]
 
 
-def _pickapic(record: Record, reader: _Reader) -> PreferenceRow:
-    columns = record.columns
-    if columns.get("has_label") is False:
+def _pickapic(row: Columns) -> list[PreferenceRow]:
+    if "best_image_uid" in row and "label_0" not in row:
+        return _pickapic_ranking(row)
+    if row.get("has_label") is False:
         raise UnreadableRow("no_label", "has_label is false")
-    if columns.get("jpg_0") is None and columns.get("image_0_url"):
+    if row.get("jpg_0") is None and row.get("image_0_url"):
         raise UnreadableRow("image_is_address", "the row has addresses and no pictures; addresses are not fetched")
-    first, second = (_number(_column(record, name), name) for name in ("label_0", "label_1"))
+    first, second = row.number("label_0"), row.number("label_1")
     if first + second != 1 or first not in (0.0, 0.5, 1.0):
         raise UnreadableRow("bad_label", f"label_0 and label_1 are {first:g} and {second:g}")
-    images = (reader.picture(record, "jpg_0"), reader.picture(record, "jpg_1"))
-    return PreferenceRow(_key(record, "ranking_id"), reader.text(record, "caption"), images, preference=first)
+    images = (row.picture("jpg_0"), row.picture("jpg_1"))
+    return [PreferenceRow(row.key("ranking_id"), row.text("caption"), images, preference=first)]
 
 
-def _hpdv3(record: Record, reader: _Reader) -> PreferenceRow:
-    images = (reader.picture(record, "path1"), reader.picture(record, "path2"))
-    return PreferenceRow(record.key, reader.text(record, "prompt"), images, preference=1.0)
+def _pickapic_ranking(row: Columns) -> list[PreferenceRow]:
+    """The best of up to four images, and nothing of the others' order: one pair of it with each of them."""
+    uids = list(dict.fromkeys(row.text(name) for name in RANKED_UIDS if row.get(name)))
+    best, key, prompt = row.text("best_image_uid"), row.key("ranking_id"), row.text("prompt")
+    if len(uids) < 2:
+        raise UnreadableRow("image_count", f"a ranking is of two or more images, not {len(uids)}")
+    if best not in uids:
+        # The publication writes "none" where nobody was preferred.
+        raise UnreadableRow("no_label", f"best_image_uid is {best!r}, none of the images")
+    place, pictures = uids.index(best), [row.picture_of_uid(uid) for uid in uids]
+    return [
+        PreferenceRow(
+            f"{key}:{other}",
+            prompt,
+            (pictures[min(place, other)], pictures[max(place, other)]),
+            preference=float(place < other),
+        )
+        for other in range(len(uids))
+        if other != place
+    ]
 
 
-def _imagereward_json(record: Record, reader: _Reader) -> PreferenceRow:
-    images = reader.pictures(record, "generations")
-    ranks = _numbers(record, "ranking")
-    return PreferenceRow(_key(record, "id"), reader.text(record, "prompt"), images, ranks=ranks)
+def _hpdv3(row: Columns) -> list[PreferenceRow]:
+    images = (row.picture("path1"), row.picture("path2"))
+    return [PreferenceRow(row.record.key, row.text("prompt"), images, preference=1.0)]
 
 
-_PARSERS: Mapping[Schema, Callable[[Record, _Reader], PreferenceRow]] = {
+def _imagerewarddb(row: Columns) -> list[PreferenceRow]:
+    """A row of the repository's JSON, of ``_group`` or of ``_pair``."""
+    prompt = row.text("prompt")
+    if "generations" in row:
+        return [PreferenceRow(row.key("id"), prompt, row.pictures("generations"), ranks=row.numbers("ranking"))]
+    if "img_better" in row or "img_worse" in row:
+        images = (row.picture("img_better"), row.picture("img_worse"))
+        # Pairs of one prompt share its prompt_id, which therefore is no key.
+        return [PreferenceRow(row.record.key, prompt, images, preference=1.0)]
+    return [PreferenceRow(row.key("prompt_id"), prompt, row.pictures("image"), ranks=row.numbers("rank"))]
+
+
+_PARSERS: Mapping[Schema, Callable[[Columns], Sequence[PreferenceRow]]] = {
     "jsonl": _own,
     "hpdv2": _hpdv2,
     "pickapic": _pickapic,
     "hpdv3": _hpdv3,
-    "imagerewarddb": _imagereward_json,
+    "imagerewarddb": _imagerewarddb,
 }
 
 
-def _grouped_by_prompt(records: Sequence[Record], reader: _Reader, skipped: list[SkippedRow]) -> list[PreferenceRow]:
+def _one_row_an_image(rows: Sequence[Columns]) -> bool:
+    """ImageRewardDB's plain configurations: neither the repository's JSON nor ``_group`` nor ``_pair``."""
+    whole = ("generations", "img_better", "img_worse")
+    return not any(
+        isinstance(row.get("rank"), (list, tuple)) or any(name in row for name in whole) for row in rows[:SEEN]
+    )
+
+
+def _grouped_by_prompt(records: Sequence[Columns], skipped: list[SkippedRow]) -> list[PreferenceRow]:
     """One ranking a prompt_id, in the order in which the prompts first come; an image that is missing is left out."""
     groups: dict[str, list[tuple[str, Picture, float]]] = {}
-    for record in records:
+    for row in records:
         try:
-            entry = (
-                reader.text(record, "prompt"),
-                reader.picture(record, "image"),
-                _number(_column(record, "rank"), "rank"),
-            )
-            groups.setdefault(str(_column(record, "prompt_id")), []).append(entry)
+            entry = (row.text("prompt"), row.picture("image"), row.number("rank"))
+            groups.setdefault(str(row.value("prompt_id")), []).append(entry)
         except UnreadableRow as problem:
-            skipped.append(SkippedRow(record.key, problem.code, problem.message))
+            skipped.append(SkippedRow(row.record.key, problem.code, problem.message))
     rows = []
     for key, entries in groups.items():
         prompts, images, ranks = zip(*entries, strict=True)
@@ -209,48 +241,15 @@ def _grouped_by_prompt(records: Sequence[Record], reader: _Reader, skipped: list
 
 
 def _each(
-    records: Iterable[Record], parse: Callable[[Record], PreferenceRow], skipped: list[SkippedRow]
+    records: Iterable[Columns], parse: Callable[[Columns], Sequence[PreferenceRow]], skipped: list[SkippedRow]
 ) -> list[PreferenceRow]:
-    rows = []
-    for record in records:
+    rows: list[PreferenceRow] = []
+    for row in records:
         try:
-            rows.append(parse(record))
+            rows += parse(row)
         except UnreadableRow as problem:
-            skipped.append(SkippedRow(record.key, problem.code, problem.message))
+            skipped.append(SkippedRow(row.record.key, problem.code, problem.message))
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------- columns
-
-
-def _column(record: Record, column: str) -> Any:
-    value = record.columns.get(column)
-    if value is None:
-        raise UnreadableRow("missing_column", f"{column} is missing")
-    return value
-
-
-def _list(record: Record, column: str) -> Sequence[Any]:
-    value = _column(record, column)
-    if not isinstance(value, (list, tuple)):
-        raise UnreadableRow("bad_column", f"{column} is not a list")
-    return value
-
-
-def _number(value: Any, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UnreadableRow("bad_column", f"{column} is not a number")
-    return float(value)
-
-
-def _numbers(record: Record, column: str) -> tuple[float, ...]:
-    return tuple(_number(value, column) for value in _list(record, column))
-
-
-def _key(record: Record, column: str) -> str:
-    """What the row calls itself, or its place in the file."""
-    value = record.columns.get(column)
-    return str(value) if isinstance(value, (str, int)) else record.key
 
 
 def _reasons(skipped: Sequence[SkippedRow]) -> str:

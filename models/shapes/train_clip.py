@@ -12,6 +12,9 @@ pictures whose only fault is their arrangement, and a linear probe of the prompt
 
 Stage 3 starts from what stage 2 would store (rounded to float16), with random streams of its own.
 
+Every step of every stage is one of ``models/fitting/optimise.py``, as those of ``reward-service fit`` are; the batches,
+and what is frozen, are this file's own.
+
 Everything random comes from the seed, and the number of steps is fixed: the same machine and versions give the same
 weights.
 """
@@ -23,6 +26,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.fitting.losses import all_pairs_bradley_terry_loss
+from models.fitting.optimise import Descent, descend, muon_and_adamw, trapezoid
 from models.shapes.clip_losses import (
     SLOTS,
     cell_labels,
@@ -69,26 +74,6 @@ class TrainConfig:
     unknown_token_rate: float = 0.01
     evaluation_seed: int = 1_000_003
     evaluation_pairs: int = 4000
-
-
-def _optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the transformers, AdamW for everything else."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        inner = "resblocks" in name and parameter.ndim == 2
-        (matrices if inner else others).append(parameter)
-    return [
-        torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
-        torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)),
-    ]
-
-
-def _schedule(step: int, total: int, warm_up: int) -> float:
-    """Linear warm-up, constant, and linear to zero over the last 40 %."""
-    return min(1.0, (step + 1) / warm_up, (total - step) / (0.4 * total))
 
 
 @dataclass
@@ -200,22 +185,24 @@ def _optimize(
     steps: int,
     report: Callable[[int], None],
 ) -> None:
-    """``steps`` steps of fresh optimizers on the parameters that aren't frozen."""
+    """``steps`` steps of fresh optimizers on the parameters that aren't frozen, by the core of ``reward-service fit``.
+
+    Muon takes the matrices inside the transformers.
+    """
     model.train()
-    model.zero_grad(set_to_none=True)  # what froze since would still count in the clipped norm
-    optimizers = _optimizers(model, config)
-    base = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    for step in range(steps):
-        for optimizer, rate in zip(optimizers, base, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * _schedule(step, steps, min(100, 1 + steps // 10))
-        loss = loss_of(step)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        report(step + 1)
+    optimizers = muon_and_adamw(
+        model,
+        lambda name: "resblocks" in name,
+        muon_learning_rate=config.muon_learning_rate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    # What froze since still has gradients, which would count in the clipped norm.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    schedule = partial(trapezoid, steps=steps, warm_up=min(100, 1 + steps // 10))
+    descent = Descent(optimizers, trained, schedule)
+    for _ in descend(descent, range(steps), lambda step: [loss_of(step)]):
+        report(descent.done)
 
 
 def _features(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from models.backbones.qwen2_vl import encode_patches
+from models.fitting.optimise import Descent, muon_and_adamw
 from models.judging.templates import load_template
 from models.shapes.judge import DIRECTORY, IMAGE_SIZE, PATCH_SIZE, build_model, build_processor, load, save
 from models.shapes.judge_data import (
@@ -156,15 +157,13 @@ def answer_loss(model: Any, batch: Examples) -> Tensor:
 
 def optimizers(model: nn.Module, config: JudgeConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks of both towers, AdamW for everything else."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        inside = (".layers." in name or ".blocks." in name) and parameter.ndim == 2
-        (matrices if inside else others).append(parameter)
-    return [
-        torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
-        torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)),
-    ]
+    return muon_and_adamw(
+        model,
+        lambda name: ".layers." in name or ".blocks." in name,
+        muon_learning_rate=config.muon_learning_rate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
 
 
 def rate(step: int, steps: int, warm_up: int, decay_from: float) -> float:
@@ -205,20 +204,18 @@ def optimise(
     workers: int,
     show_every: int = 50,
 ) -> Any:
-    """All steps with fresh optimizers; prints running means of the losses."""
-    chosen, steps = optimizers(model, config), len(batches)
-    rates = [scale * optimizer.param_groups[0]["lr"] for optimizer in chosen]
+    """All steps with fresh optimizers, by the core of ``reward-service fit``; prints running means of the losses."""
+    steps = len(batches)
+    descent = Descent(
+        optimizers(model, config),
+        list(model.parameters()),
+        lambda step: scale * rate(step, steps, config.warm_up, decay_from),
+    )
     loader: Any = DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
     started, means = time.monotonic(), dict[int, float]()
     for step, kinds in enumerate(loader):
-        for optimizer, full in zip(chosen, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = full * rate(step, steps, config.warm_up, decay_from)
-            optimizer.zero_grad(set_to_none=True)
         losses = [answer_loss(model, batch) for batch in kinds]
-        torch.autograd.backward(sum(losses, torch.zeros(())))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in chosen:
-            optimizer.step()
+        descent.step([sum(losses, torch.zeros(()))])
         for place, loss in enumerate(losses):
             means[place] = 0.95 * means.get(place, loss.item()) + 0.05 * loss.item()
         if (step + 1) % show_every == 0:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import httpx
 from scipy.special import expit
 
-from models.fitting.preference_data import PreferenceRow, UnreadableRow
+from models.fitting.preference_data import Picture, PreferenceRow, RowContext, UnreadableRow
 from service.schemas import CompareResponse, ItemPreferences, ItemScores, ModelOut, ModelsResponse, ScoreResponse
 
 Route: TypeAlias = Literal["score", "compare"]
@@ -193,11 +193,29 @@ def _encode(rows: Sequence[PreferenceRow]) -> list[dict[str, Any] | Failure]:
     encoded: list[dict[str, Any] | Failure] = []
     for row in rows:
         try:
-            images = [base64.b64encode(picture.read()).decode() for picture in row.images]
-            encoded.append({"prompt": row.prompt, "images": images})
+            item: dict[str, Any] = {"prompt": row.prompt, "images": [_base64(picture) for picture in row.images]}
+            if row.context is not None:
+                item["context"] = _encode_context(row.context)
+            encoded.append(item)
         except UnreadableRow as problem:
             encoded.append(Failure(problem.code, problem.message))
     return encoded
+
+
+def _encode_context(context: RowContext) -> dict[str, Any]:
+    """The context of an item, with what the row has of it."""
+    encoded: dict[str, Any] = dict(context.texts)
+    if context.image is not None:
+        encoded["image"] = _base64(context.image)
+    if context.mask is not None:
+        encoded["mask"] = _base64(context.mask)
+    if context.frames:
+        encoded["frames"] = [_base64(frame) for frame in context.frames]
+    return encoded
+
+
+def _base64(picture: Picture) -> str:
+    return base64.b64encode(picture.read()).decode()
 
 
 def _within(items: dict[int, dict[str, Any]], most: int) -> Iterator[dict[int, dict[str, Any]]]:
@@ -205,7 +223,9 @@ def _within(items: dict[int, dict[str, Any]], most: int) -> Iterator[dict[int, d
     part: dict[int, dict[str, Any]] = {}
     size = 0
     for i, item in items.items():
-        length = sum(map(len, item["images"]))
+        context = item.get("context", {})
+        length = sum(map(len, (*item["images"], *context.get("frames", ()))))
+        length += sum(len(context.get(name, "")) for name in ("image", "mask"))
         if part and size + length > most:
             yield part
             part, size = {}, 0

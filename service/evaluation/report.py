@@ -200,9 +200,10 @@ def _card(judged: Judged, each: Disagreement, scale: str) -> str:
             f"<figcaption><b>{said}</b>{_text(row.images[place].name)}{rank}{number}</figcaption></figure>"
         )
 
+    asked = "" if row.context is None else "".join(f" · {_text(said)}" for said in row.context.texts.values())
     choice = "equal" if each.probability == 0.5 else f"{100 * each.probability:.1f} % sure"
     return (
-        f'<div class="card"><p>{_text(row.prompt)} <span class="soft">· row {_text(row.key)}</span></p>'
+        f'<div class="card"><p>{_text(row.prompt)} <span class="soft">{asked} · row {_text(row.key)}</span></p>'
         '<div class="pair">'
         f"{figure('people', each.preferred, 'people prefer this')}"
         f"{figure('model', each.other, f'the model: {choice}')}</div></div>"

@@ -25,7 +25,7 @@ from models.fitting.evaluation import (
     right_of_untied,
     weighted_mean,
 )
-from models.fitting.preference_data import LabelledPair, PreferenceData, PreferenceRow
+from models.fitting.preference_data import LabelledPair, PreferenceData, PreferenceRow, RowContext
 from service.evaluation.asking import Asked, PairVerdict, RowVerdict
 
 HEADLINES = {
@@ -178,12 +178,22 @@ def row_lines(judged: Judged) -> Iterator[dict[str, Any]]:
             "key": row.key,
             "prompt": row.prompt,
             "images": [picture.name for picture in row.images],
+            **({} if row.context is None else {"context": _named(row.context)}),
             **people,
             "weight": row.weight,
             "scores": list(verdict.scores),
             "pairs": [asdict(pair) for pair in verdict.pairs],
             "failures": [asdict(failure) for failure in verdict.failures],
         }
+
+
+def _named(context: RowContext) -> dict[str, Any]:
+    """What a row says of its context; its pictures by their names."""
+    shown = {"image": context.image, "mask": context.mask}
+    named: dict[str, Any] = {name: picture.name for name, picture in shown.items() if picture is not None}
+    if context.frames:
+        named["frames"] = [frame.name for frame in context.frames]
+    return named | context.texts
 
 
 @dataclass(frozen=True)

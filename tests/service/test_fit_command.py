@@ -42,10 +42,15 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 def test_what_is_fitted_is_served(tmp_path: Path) -> None:
-    data, out = write_pairs(tmp_path), tmp_path / "fitted"
-    code, said = run("shapes-clip", "--data", data, "--out", out, "--epochs", 12, "--lr", 3e-3)
+    data, out = write_pairs(tmp_path, 120), tmp_path / "fitted"
+    code, said = run(
+        "shapes-clip", "--data", data, "--out", out, "--epochs", 12, "--lr", 3e-3, "--held-out", 0.5,
+        "--batch", 8, "--accumulate", 2,
+    )  # fmt: skip
     assert code == 0, said
     record = json.loads((out / "fit.json").read_text())
+    assert (record["pairs"], record["choosing"]["pairs"], record["held_out"]["after"]["pairs"]) == (60, 30, 30)
+    assert (record["configuration"]["batch"], record["configuration"]["accumulate"]) == (8, 2)
     assert record["held_out"]["after"]["accuracy"] > 0.85
     assert f"{record['held_out']['after']['accuracy']:.4f}" in said
     settings = Settings(
@@ -91,4 +96,4 @@ def test_a_missing_file_and_a_folder_that_is_there_are_refused(tmp_path: Path) -
     assert "is there already" in said
     code, said = run("shapes-clip", "--data", write_pairs(tmp_path, 8, ("one prompt",)), "--out", tmp_path / "out")
     assert code == 2, said
-    assert "two prompts" in said
+    assert "three prompts" in said

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from open_clip import SimpleTokenizer
 from open_clip.model import CLIP
+from torch import Tensor, nn
 
 from models.backbones.clip import tokenize
 from models.base import LoadOptions, Output, WeightsError
+from models.fitting.optimise import Descent
+from models.shapes import train_clip
 from models.shapes.clip_losses import (
     SLOTS,
     cell_labels,
@@ -73,6 +76,55 @@ def test_the_last_stage_starts_from_what_would_be_stored_so_it_can_be_repeated_a
     whole = train(SMALL, lambda *_: None)
     first, second = (pack(model.clip, model.head) for model in (alone, rounded(whole)))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_all_stages_step_through_the_core_of_fit_as_a_plain_loop_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stored weights were trained before there was a core: its steps must be the same to the last bit."""
+    stepped: list[int] = []
+    step = Descent.step
+
+    def counted(descent: Descent, losses: Iterable[Tensor]) -> float:
+        stepped.append(len(descent.parameters))
+        return step(descent, losses)
+
+    monkeypatch.setattr(Descent, "step", counted)
+    by_core = train(SMALL, lambda *_: None)
+    steps = SMALL.contrastive_steps + SMALL.preference_steps
+    assert len(stepped) == steps + SMALL.arrangement_steps
+    assert len(set(stepped[:steps])) == 1
+    assert stepped[-1] < stepped[0]  # without the vision tower
+
+    monkeypatch.setattr(train_clip, "_optimize", plain_loop)
+    by_loop = train(SMALL, lambda *_: None)
+    assert len(stepped) == steps + SMALL.arrangement_steps
+    assert all(torch.equal(one, other) for one, other in zip(by_core.parameters(), by_loop.parameters(), strict=True))
+
+
+def plain_loop(
+    model: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    config: TrainConfig,
+    steps: int,
+    report: Callable[[int], None],
+) -> None:
+    model.train()
+    model.zero_grad()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [parameter for name, parameter in named if "resblocks" in name and parameter.ndim == 2]
+    others = [parameter for name, parameter in named if not ("resblocks" in name and parameter.ndim == 2)]
+    muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+    for step in range(steps):
+        factor = min(1.0, (step + 1) / min(100, 1 + steps // 10), (steps - step) / (0.4 * steps))
+        muon.param_groups[0]["lr"] = config.muon_learning_rate * factor
+        adamw.param_groups[0]["lr"] = config.learning_rate * factor
+        loss = loss_of(step)
+        model.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+        report(step + 1)
 
 
 def test_slot_labels_say_what_the_prompt_says() -> None:

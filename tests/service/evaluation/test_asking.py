@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from models.fitting.preference_data import FilePicture, Picture, PreferenceRow
+from models.fitting.preference_data import FilePicture, Picture, PreferenceRow, RowContext
+from service.evaluation import asking
 from service.evaluation.asking import Asked, Asker, EvaluationProblem, Failure, PairVerdict, RowVerdict
 from service.evaluation.results import Judged, TieThreshold, measures
-from service.schemas import CalibrationOut, ErrorOut, ModelOut
+from service.schemas import CalibrationOut, ErrorOut, ItemIn, ModelOut
 from tests.models.fitting.preference_fixtures import encoded, picture
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -71,6 +74,50 @@ def test_scores_become_probabilities_by_the_models_temperature(red: Picture) -> 
     (pair,) = verdict.pairs
     assert verdict.scores == (4.0, 0.0)
     assert (pair.probability, pair.margin) == (pytest.approx(1 / (1 + 2.718281828**-2)), 4.0)
+
+
+def test_the_context_of_a_row_is_that_of_the_item(red: Picture, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.extend(json.loads(request.content)["items"])
+        return scored(request)
+
+    (tmp_path / "blue.png").write_bytes(encoded(picture("blue")))
+    blue = FilePicture(tmp_path / "blue.png", "blue.png")
+    context = RowContext(image=blue, mask=red, frames=(red, blue), question="q", task="fill", criterion="structure")
+    rows = [
+        PreferenceRow("a", "p", (red, red), preference=1.0, context=context),
+        PreferenceRow("b", "q", (red, red), preference=1.0, context=RowContext(task="remove")),
+        PreferenceRow("c", "r", (red, red), preference=1.0),
+        PreferenceRow("d", "s", (red, red), preference=1.0, context=RowContext(mask=FilePicture(tmp_path / "x", "x"))),
+    ]
+    verdicts = ask(handler, rows)
+    sent = {name: base64.b64encode(each.read()).decode() for name, each in (("red", red), ("blue", blue))}
+    assert [item.get("context") for item in asked] == [
+        {"image": sent["blue"], "mask": sent["red"], "frames": [sent["red"], sent["blue"]], "question": "q",
+         "task": "fill", "criterion": "structure"},
+        {"task": "remove"},
+        None,
+    ]  # fmt: skip
+    assert all(ItemIn.model_validate(item) for item in asked)
+    assert [failure.code for failure in verdicts[3].failures] == ["image_unreadable"]
+
+
+def test_pictures_of_contexts_count_in_the_size_of_a_request(red: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        sizes.append(len(json.loads(request.content)["items"]))
+        return scored(request)
+
+    one = len(base64.b64encode(red.read()))
+    monkeypatch.setattr(asking, "BYTES_PER_REQUEST", 4 * one)
+    plain = [PreferenceRow(str(i), "p", (red, red), preference=1.0) for i in range(4)]
+    ask(handler, plain)
+    ask(handler, [replace(row, context=RowContext(image=red, mask=red)) for row in plain])
+    ask(handler, [replace(row, context=RowContext(frames=(red, red))) for row in plain])
+    assert sizes == [2, 2, *[1] * 8]
 
 
 def test_a_failed_image_takes_its_own_pairs_only(red: Picture) -> None:
@@ -188,15 +235,17 @@ def compared(request: httpx.Request) -> httpx.Response:
                         "probability": None,
                         "orders": [None, None],
                         "parse": "unparseable",
+                        "parse_orders": ["unparseable", "unparseable"],
                         "error": error,
                     }
                 )
                 continue
             if count == 3 and (i, j) == (0, 2):
                 half = {"i": i, "j": j, "probability": 0.8, "orders": [0.8, None], "parse": "truncated"}
-                comparisons.append(half)
+                comparisons.append(half | {"parse_orders": ["ok", "truncated"]})
                 continue
-            comparisons.append({"i": i, "j": j, "probability": 0.6, "orders": [0.8, 0.4], "parse": "ok"})
+            both = {"i": i, "j": j, "probability": 0.6, "orders": [0.8, 0.4], "parse": "ok"}
+            comparisons.append(both | {"parse_orders": ["ok", "ok"]})
         nothing: list[list[Any]] = [[] for _ in range(count)]
         values = [float(-i) for i in range(count)]
         results.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,18 @@ from PIL import Image
 from scipy.special import expit
 from scipy.stats import kendalltau
 
+from models.base import Candidate, Context
+from models.judge import Comparison, Judge, Preference
+from models.registry import get_model, load_model
 from models.shapes.preferences import TRAINING_SPLIT, admitted_prompt, draw, group
 from models.shapes_clip import ShapesClip
 from tests.models.fitting.preference_fixtures import (
     STRUCT,
     encoded,
+    picture,
     write_images,
     write_json,
+    write_lines,
     write_parquet,
     write_tar,
 )
@@ -173,6 +179,51 @@ def test_a_judge_that_gives_no_verdict_has_no_number_for_it(
     assert (found["measures"]["pairs"], found["data"]["without_verdict"]) == (2, 1)
     assert found["measures"]["pair_accuracy"]["value"] == 0.5
     assert sum(found["data"]["failures"].values()) >= 1
+
+
+def test_a_judge_of_edits_is_asked_with_the_task_of_each_row(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """one-reward cannot be asked without a task; its random network's verdicts are those it gives when asked alone."""
+    options = get_model("one-reward").random_checkpoint(tmp_path)
+    config = tmp_path / "service.yaml"
+    own = {"weights": options.weights, "options": {**options.options, "show_source": True}, "dtype": "float32"}
+    config.write_text(json.dumps({"models": {"one-reward": own}}))
+    monkeypatch.setenv("REWARD_CONFIG", str(config))
+    colors = ("red", "blue", "green")
+    write_images(tmp_path, {f"{color}.png": picture(color, size=56) for color in colors})
+    contexts: list[dict[str, str] | None] = [
+        {"task": "remove", "image": "green.png"},
+        {"task": "fill", "criterion": "structure", "image": "green.png", "mask": "blue.png"},
+        {"task": "fill", "image": "blue.png", "criterion": "structure"},
+        None,
+    ]
+    rows = [
+        {"key": f"row {i}", "prompt": f"prompt {i}", "images": ["red.png", "blue.png"], "preference": float(i != 2)}
+        | ({} if context is None else {"context": context})
+        for i, context in enumerate(contexts)
+    ]
+    path, out = write_lines(tmp_path / "edits.jsonl", rows), tmp_path / "out"
+    found = results(run("one-reward", "--data", path, "--out", out, "--json"))
+    assert (found["measures"]["pairs"], found["data"]["without_verdict"]) == (3, 1)
+    assert found["data"]["failures"] == {"template_field_missing": 1}
+    lines = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [line.get("context") for line in lines] == contexts
+    # Of the second and the third row, which differ in their labels, one is a disagreement.
+    assert "fill · structure" in (out / "report.html").read_text(encoding="utf-8")
+    judge = load_model("one-reward", replace(options, options={**options.options, "show_source": True}))
+    assert isinstance(judge, Judge)
+    first, second = (Candidate(image=picture(color, size=56)) for color in ("red", "blue"))
+    sources = {f"{color}.png": picture(color, size=56) for color in colors}
+    for i, context in enumerate(contexts[:3]):
+        assert context is not None
+        seen = Context(**{name: sources.get(value, value) for name, value in context.items()})  # type: ignore[arg-type]
+        orders = []
+        for pair in ((first, second), (second, first)):
+            (answer,) = judge.compare([judge.prepare_comparison(Comparison(f"prompt {i}", *pair, seen))])
+            assert isinstance(answer, Preference)
+            orders.append(answer.probability)
+        assert lines[i]["pairs"][0]["orders"] == pytest.approx([orders[0], 1 - orders[1]], abs=1e-6)
 
 
 def test_imagerewarddb_and_hpdv3_end_to_end(run: Run, tmp_path: Path, pairs: Pairs) -> None:
