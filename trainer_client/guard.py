@@ -152,7 +152,7 @@ class Guard:
             self._watch(name)
             if (look := self._look_at_block(name, value)) is not None:
                 self._take(name, step, look)
-        return self._verdict()
+        return self.verdict
 
     def evaluate(self, step: int, scores: Mapping[str, Tensor], ok: Mapping[str, Tensor] | None = None) -> Verdict:
         """Take one evaluation in: [prompts, seeds] of the training reward and every held-out reward, by name.
@@ -185,7 +185,19 @@ class Guard:
                 self._watch(signal)
                 look = self._look_at_scores(signal, step, tau_P1, self.config.agreement_fall, pooled=False)
                 self._take(signal, step, replace(look, only_warn=True))
-        return self._verdict()
+        return self.verdict
+
+    @property
+    def verdict(self) -> Verdict:
+        """What was said last; a restored guard knows it too. Before anything was seen: ``not_enough_data``."""
+        findings = tuple(signal.finding for signal in self._signals.values())
+        # A reward that is constant within groups has no ranks: an answer must not wait for them forever.
+        actions = [
+            found.action
+            for found in findings
+            if not (found.action == "not_enough_data" and found.signal.startswith("agreement/"))
+        ]
+        return Verdict(max(actions, key=SEVERITY.index), findings)
 
     def to_json(self) -> str:
         """Configuration and state; :meth:`from_json` goes on with the same decisions."""
@@ -297,16 +309,6 @@ class Guard:
         for signal in self._signals.values():
             if signal.finding.action == "raise_kl":
                 signal.finding = replace(signal.finding, action="warn")
-
-    def _verdict(self) -> Verdict:
-        findings = tuple(signal.finding for signal in self._signals.values())
-        # A reward that is constant within groups has no ranks: an answer must not wait for them forever.
-        actions = [
-            found.action
-            for found in findings
-            if not (found.action == "not_enough_data" and found.signal.startswith("agreement/"))
-        ]
-        return Verdict(max(actions, key=SEVERITY.index), findings)
 
 
 def _action(fires: int, look: Look, config: GuardConfig) -> Action:

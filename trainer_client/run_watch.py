@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer_client.config import RunConfig
-from trainer_client.guard import Guard, Verdict
+from trainer_client.guard import SEVERITY, Action, Guard, Verdict
 from trainer_client.guard_metrics import TrainingMetrics
 from trainer_client.policies import Policy
 from trainer_client.policies.weights import TRAINED
@@ -38,7 +38,7 @@ class Watch:
         self._config, self._policy, self._counters, self._log = config, policy, counters, log
         self._evaluation = evaluation
         self._guard = None if guard is None else Guard.from_json(counters["guard"])
-        self._said = "ok"
+        self._said: Action = "ok" if self._guard is None else self._guard.verdict.action
 
     def evaluate(self) -> None:
         """Draw the fixed prompts, log their rewards and samples, and tell the guard."""
@@ -83,7 +83,9 @@ class Watch:
         """Do what the guard says, as far as ``guard.mode`` lets it, and say so when it changes; numbers for the log."""
         settings, step = self._config.guard, self._counters["step"]
         said = str(verdict) if verdict.action in ("warn", "raise_kl", "stop") else ""
-        if said and (verdict.action != self._said or verdict.action == "raise_kl"):
+        # After a raise the same words come again as a warning.
+        worse = SEVERITY.index(verdict.action) > SEVERITY.index(self._said)
+        if said and (worse or verdict.action == "raise_kl"):
             self._log.event(step, "guard", said)
         self._said = verdict.action
         if settings.mode == "act" and verdict.action == "raise_kl":

@@ -22,6 +22,8 @@ from trainer_client.run_log import EVENTS, METRICS, SAMPLES
 
 Points: TypeAlias = list[tuple[float, float]]
 Scores: TypeAlias = npt.NDArray[np.float64]
+RAISED = "the KL weight is now"
+"""How the event begins that tells of the guard's raised KL weight."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Outcome:
     stopped: bool
     raised: bool
     """Whether it raised the KL weight."""
+    acted: tuple[int, dict[str, float]] | None
+    """The step at which it first did one or the other, and the means of that evaluation; None if it never did."""
 
 
 def outcome(run: Path) -> Outcome:
@@ -111,10 +115,23 @@ def outcome(run: Path) -> Outcome:
         after={name: mean_interval(scores).mean for name, scores in last.items()},
         change={name: paired_difference(last[name], first[name]).difference for name in first},
         alarms=[f"step {event['step']}: {event['text']}" for event in events],
-        # An interrupted run has a stop event too; the guard's begins with its verdict.
-        stopped=any(event["kind"] == "stop" and event["text"].startswith("stop:") for event in events),
-        raised=max(row["kl_weight"] for row in rows if row["kind"] == "train") > 0,
+        stopped=any(_is_stop(event) for event in events),
+        raised=any(event["text"].startswith(RAISED) for event in events),
+        acted=_first_act(events, samples),
     )
+
+
+def _is_stop(event: dict[str, Any]) -> bool:
+    """An interrupted run has a stop event too; the guard's begins with its verdict."""
+    return bool(event["kind"] == "stop" and event["text"].startswith("stop:"))
+
+
+def _first_act(events: list[dict[str, Any]], samples: list[Shown]) -> tuple[int, dict[str, float]] | None:
+    steps = [int(event["step"]) for event in events if _is_stop(event) or event["text"].startswith(RAISED)]
+    if not steps:
+        return None
+    seen = [shown for shown in samples if shown.step <= steps[0]][-1]
+    return steps[0], {name: mean_interval(scores).mean for name, scores in seen.scores.items()}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

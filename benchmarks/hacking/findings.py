@@ -59,9 +59,17 @@ def signed(plan: Plan, shown: Sequence[Shown]) -> Finding:
 
 def acted(plan: Plan, result: Outcome) -> Finding:
     """The guard ends the run, or holds it back by a larger KL weight."""
-    did = "stopped the run" if result.stopped else "raised the KL weight" if result.raised else "did nothing"
-    last = f" Its last words: {result.alarms[-1]}." if result.alarms else ""
-    text = f"{plan.name}: the guard {did}; the run ended after {result.steps} of {plan.steps} steps.{last}"
+    deeds = [
+        deed for deed, done in (("raised the KL weight", result.raised), ("stopped the run", result.stopped)) if done
+    ]
+    first = ""
+    if result.acted is not None:
+        step, means = result.acted
+        first = f" It first acted at step {step}, where {plan.heldout} was {means[plan.heldout]:.3f}."
+    text = (
+        f"{plan.name}: the guard {' and '.join(deeds) or 'did nothing'}; the run ended after {result.steps} of "
+        f"{plan.steps} steps.{first}"
+    )
     return Finding(text, result.stopped or result.raised)
 
 

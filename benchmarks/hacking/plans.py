@@ -22,6 +22,12 @@ SERVICE = {
 PROMPTS_PER_TASK, SEEDS = 20, 2
 """Of the evaluation: most prompts of each of GenEval's six tasks (ten single objects are all there are), and noises of
 each prompt. Of falls by 0.2 within 5 evaluations the guard acts on 17 of 20 with 110 x 2 (8 of 20 with 42 x 2)."""
+WARMUP_STEPS = 12
+"""Over which the learning rate rises: the guard judges from the fifth evaluation on, and until then little is lost."""
+KL_START = 4.0
+"""The first KL weight that the guard sets. The default of 0.01 fits Flow-GRPO's KL, not DiffusionNFT's squared distance
+of velocities: its gradient is as long as the reward's at a weight of about 1 (``python -m
+benchmarks.hacking.kl_gradient`` on a lax run that the guard stopped)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Plan:
         A run on the signature starts from the folder ``signing_policy``, the others from the embedded policy.
 
         Small groups and few denoising steps, so that a step takes seconds of one CPU core. Not Flow-GRPO: within so few
-        images even its honest run lost exact score (benchmarks/results/hacking.md). The guard keeps its defaults.
+        images even its honest run lost exact score (benchmarks/results/hacking.md). The guard keeps its limits; it sees
+        an evaluation after every step.
         """
         source = signing_policy if self.reward == SIGNATURE else POLICY
         return {
@@ -66,19 +73,19 @@ class Plan:
             "policy": {"source": str(source), "weights": "full", "max_sequence_length": 0, "device": "cpu"},
             "sampling": {"steps": 8, "batch_size": 48},
             "rewards": {"services": [url], "models": {self.reward: 1.0}},
-            "optimizer": {"lr": 2e-4},
+            "optimizer": {"lr": 1e-4, "warmup_steps": WARMUP_STEPS},
             "ema": {"decay": 0.0},
             "evaluation": {
-                "every": 2, "prompts": str(prompts), "count": PROMPTS_PER_TASK * len(TASKS), "seeds": SEEDS,
+                "every": 1, "prompts": str(prompts), "count": PROMPTS_PER_TASK * len(TASKS), "seeds": SEEDS,
                 "heldout": [self.heldout],
             },
-            "guard": {"mode": "act" if self.guarded else "warn"},
+            "guard": {"mode": "act" if self.guarded else "warn", "kl_start": KL_START},
             "checkpoints": {"every": self.steps, "keep": 1},
             "logging": {"tensorboard": False},
         }  # fmt: skip
 
 
-SIGNATURE_STEPS, LAX_STEPS, HONEST_STEPS = 24, 24, 24
+SIGNATURE_STEPS, LAX_STEPS, HONEST_STEPS = 20, 20, 20
 HACKED = tuple(
     Plan(f"{what}, {'guarded' if guarded else 'unguarded'}", reward, EXACT, guarded, steps)
     for what, reward, steps in (("signature", SIGNATURE, SIGNATURE_STEPS), ("lax", LAX, LAX_STEPS))

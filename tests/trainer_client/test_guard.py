@@ -393,6 +393,18 @@ def test_a_guard_that_is_saved_and_restored_says_the_same() -> None:
     assert resumed.config == CONFIG
 
 
+def test_what_was_said_last_outlasts_a_restart() -> None:
+    """So that whoever reports the guard's words does not report an old warning as a new one."""
+    assert Guard(CONFIG).verdict.action == "not_enough_data"
+    guard, actions = Guard(CONFIG), set()
+    for step, steps, values in simulate(Run(quality=falling(4, 0.15)), 12):
+        said = feed(guard, step, steps, values)[-1]
+        assert guard.verdict == said
+        assert Guard.from_json(guard.to_json()).verdict == said
+        actions.add(said.action)
+    assert {"ok", "warn", "raise_kl", "stop"} <= actions
+
+
 def test_the_state_is_plain_json_of_a_known_version() -> None:
     guard = quiet()
     values = scores(0, 0.0)
