@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -38,10 +39,13 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True, eq=False)
 class RemoteTurn:
-    """A turn as ``messages`` of the API. ``tokens`` is an estimate: only the server knows its tokenizer."""
+    """A turn as ``messages`` of the API; ``begun``: the beginning of the answer, which the last of them holds.
+
+    ``tokens`` is an estimate: only the server knows its tokenizer.
+    """
 
     messages: tuple[Mapping[str, Any], ...]
-    continued: bool
+    begun: str
     tokens: int
     prefix: Hashable
     digest: str
@@ -151,7 +155,7 @@ class RemoteChat:
             messages.append({"role": "assistant", "content": turn.reply})
         return RemoteTurn(
             messages=tuple(messages),
-            continued=bool(turn.reply),
+            begun=turn.reply,
             tokens=tokens,
             prefix=_hash(turn.system, *names[:cut]),
             digest=_hash(turn.system, turn.reply, *names),
@@ -190,12 +194,16 @@ class RemoteChat:
 
     def generate(self, turns: Sequence[RemoteTurn], how: Generation) -> list[list[Answer] | SampleError]:
         """Each sample is a request with a seed of its own; a turn of which one failed is failed."""
-        bodies = [self._body(turn, _sampling(turn, how, k)) for turn in turns for k in range(how.samples)]
-        answers = [_read(reply, lambda answer: written_answer(answer, how.stop)) for reply in self._ask(bodies)]
+        asked = [turn for turn in turns for _ in range(how.samples)]
+        bodies = [self._body(turn, _sampling(turn, how, k % how.samples)) for k, turn in enumerate(asked)]
+        answers = [
+            _read(reply, partial(written_answer, stop=how.stop, begun=turn.begun))
+            for turn, reply in zip(asked, self._ask(bodies), strict=True)
+        ]
         return [_together(answers[start : start + how.samples]) for start in range(0, len(answers), how.samples)]
 
     def _body(self, turn: RemoteTurn, ask: Mapping[str, Any]) -> dict[str, Any]:
-        go_on = {"continue_final_message": True, "add_generation_prompt": False} if turn.continued else {}
+        go_on = {"continue_final_message": True, "add_generation_prompt": False} if turn.begun else {}
         return {"model": self.settings.model, "messages": turn.messages, **ask, **go_on, **self.settings.extra_body}
 
     def _ask(self, bodies: Sequence[Mapping[str, Any]]) -> list[Reply]:

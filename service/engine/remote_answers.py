@@ -37,6 +37,8 @@ class _LogProbs(BaseModel):
 class _Message(BaseModel):
     content: str | None = None
     refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class _Choice(BaseModel):
@@ -110,21 +112,35 @@ def _texts(text: str | None) -> tuple[str, ...]:
     return (text,) if text else ()
 
 
-def written_answer(answer: Mapping[str, Any], stop: Sequence[str]) -> Answer:
+def written_answer(answer: Mapping[str, Any], stop: Sequence[str], *, begun: str = "") -> Answer:
     """The answer in words. ``finished`` is False for all that did not end by itself or at one of ``stop``.
 
     A refusal that reads as one (``models.judging.answers``) is an answer like others, which a vote can pass over;
     another refusal or filtered answer raises :class:`AnswerError` "refused". Raises :class:`ModelError`
-    "remote_bad_answer" for another shape. The API leaves out the text that stopped the answer: it is put back where
-    the server names it (``stop_reason`` of vLLM, ``matched_stop`` of SGLang).
+    "remote_bad_answer" for another shape. What the API leaves out is put back: the text that stopped the answer where
+    the server names it (``stop_reason`` of vLLM, ``matched_stop`` of SGLang), and thoughts that it took out (vLLM and
+    SGLang with a reasoning parser, ``transformers serve`` always). ``begun``: the part of the answer that was given.
     """
     choice = _only_choice(answer)
     refusal = choice.message.refusal
     if refusal and choice.finish_reason != "content_filter" and no_verdict(refusal) == "refused":
         return Answer(refusal, True)
     _raise_withheld(choice)
-    text = choice.message.content or ""
+    text = _whole_text(choice.message, begun)
     for matched in (choice.stop_reason, choice.matched_stop):
         if isinstance(matched, str) and matched in stop and not text.endswith(matched):
             text += matched
     return Answer(text, choice.finish_reason == "stop")
+
+
+def _whole_text(message: _Message, begun: str) -> str:
+    """The answer with its thoughts in front, with line breaks as in the chat templates of Qwen's thinking models.
+
+    Servers strip the blanks around thoughts, or not; thoughts that no answer follows are taken for not yet closed.
+    """
+    content = message.content or ""
+    thoughts = message.reasoning or message.reasoning_content
+    if not thoughts:
+        return content
+    text = thoughts if "<think>" in begun else "<think>\n" + thoughts.lstrip("\n")
+    return text.rstrip("\n") + "\n</think>\n" + content.lstrip() if content.strip() else text

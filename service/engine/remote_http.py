@@ -267,7 +267,9 @@ def _json_object(response: httpx.Response) -> Mapping[str, Any] | None:
 
 
 def _detail(parsed: Mapping[str, Any] | None) -> str:
-    """The server's own words on a failure, for the log: OpenAI's and SGLang's places for them."""
-    inner = (parsed or {}).get("error", parsed)
-    message = inner.get("message") if isinstance(inner, dict) else None
+    """The server's own words on a failure, for the log: OpenAI's, SGLang's and FastAPI's places for them."""
+    whole = parsed or {}
+    inner = whole.get("error", whole)
+    # vLLM's answer to a wrong key is {"error": "Unauthorized"}.
+    message = inner.get("message", inner.get("detail")) if isinstance(inner, dict) else inner
     return message if isinstance(message, str) else ""
