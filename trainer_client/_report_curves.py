@@ -260,8 +260,8 @@ def _words(run: RunFolder) -> dict[int, tuple[str, bool]]:
             if shown != said or shown == "KL weight raised":
                 found[event["step"]] = (shown, False)
             said = shown
-        elif kind == "stop":
-            found[event["step"]] = ("stopped", False)
+        elif kind in ("stop", "failure"):
+            found[event["step"]] = ("stopped" if kind == "stop" else "broken off", False)
         elif kind == "resume":
             found.setdefault(event["step"], ("resumed", True))
     return found

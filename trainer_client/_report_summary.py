@@ -63,12 +63,13 @@ def reward_changes(run: RunFolder) -> list[RewardChange]:
 
 def state(run: RunFolder) -> tuple[str, str]:
     """(In words how the run ended, or that it did not; "good", "bad" or "")."""
-    ends = [event for event in run.events if event.get("kind") in ("start", "resume", "stop", "finish")]
+    ends = [event for event in run.events if event.get("kind") in ("start", "resume", "stop", "failure", "finish")]
     last = ends[-1] if ends else {}
     if last.get("kind") == "finish":
         return "finished", "good"
-    if last.get("kind") == "stop":
-        return f"stopped at step {last['step']}: {last['text']}", "bad"
+    if last.get("kind") in ("stop", "failure"):
+        word = "stopped" if last["kind"] == "stop" else "broken off"
+        return f"{word} at step {last['step']}: {last['text']}", "bad"
     total = f" of {run.total_steps}" if run.total_steps is not None else ""
     return f"unfinished: step {run.steps}{total}; it is still running, or it was killed", ""
 

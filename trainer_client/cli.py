@@ -37,6 +37,8 @@ ALGORITHMS = {
 
 STOPS = (ConfigError, RewardError, OSError, ValueError)
 """What a user can mend: one line and exit code 2. The classes below them need torch, and are found by their names."""
+TRACED = "the trace is in "
+"""How a run that had begun notes where its folder has the trace."""
 _STOP_NAMES = frozenset({"RunFailed", "RankFailed", "CheckpointError"})
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -109,7 +111,8 @@ def rows(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Say in one line what stopped a command, and end with 2; with 130 for an interrupt. Faults keep their trace."""
+    """Say in one line what stopped a command, and end with 2, or with 1 in the middle of a run, whose folder has the
+    trace; with 130 for an interrupt. Faults keep their trace."""
     try:
         yield
     except KeyboardInterrupt:
@@ -118,7 +121,8 @@ def one_line() -> Iterator[None]:
         known = isinstance(error, STOPS) or _STOP_NAMES & {kind.__name__ for kind in type(error).__mro__}
         if not known:
             raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"reward-trainer: {' '.join(str(error).split())}", highlight=False, markup=False
-        )
-        sys.exit(2)
+        traced = [note for note in getattr(error, "__notes__", []) if note.startswith(TRACED)]
+        said = "; ".join(" ".join(text.split()) for text in (str(error), *traced))
+        Console(stderr=True, soft_wrap=True).print(f"reward-trainer: {said}", highlight=False, markup=False)
+        # Without a trace nothing had begun.
+        sys.exit(1 if traced else 2)

@@ -51,6 +51,12 @@ class SamplingSection(Section):
     height: int | None = Field(None, ge=1, description="pixels; the pipeline's own size by default")
     width: int | None = Field(None, ge=1, description="pixels")
     batch_size: int = Field(16, ge=1, description="images that a device draws at once")
+    smallest_batch: int | None = Field(
+        None,
+        ge=1,
+        description="draw the last batch of a rollout in halves down to this number of images, so that the step waits "
+        "for the rewards of few; null: as one",
+    )
 
 
 class RewardsSection(Section):
@@ -108,7 +114,9 @@ class GuardSection(Section):
 
     mode: Literal["off", "warn", "act"] = Field("warn", description="'act' raises the KL weight and stops the run")
     kl_factor: float = Field(2.0, gt=1, description="raise_kl multiplies the KL weight by it")
-    kl_start: float = Field(0.01, gt=0, description="raise_kl turns a KL weight of 0 into this")
+    kl_start: float = Field(
+        0.01, gt=0, description="raise_kl turns a KL weight of 0 into this; nft needs 1 or more (docs/metrics.md)"
+    )
     limits: dict[str, float] = Field({}, description="values of GuardConfig that differ from its defaults")
 
 

@@ -124,7 +124,7 @@ def optimise(run: Run[FlowGRPOConfig]) -> None:
         batch, window = run.next_batch(), choose_window(config, step, run.generator("window"))
         pieces: list[Piece] = []
         for chunk in range(config.updates_per_step):
-            for rows in batch.pieces(config.sampling.batch_size, chunk):
+            for rows in batch.pieces(config.sampling.batch_size, chunk, config.sampling.smallest_batch):
                 conditioning = run.conditioning([batch.prompts[row] for row in rows])
                 with run.stage("sample"):
                     latents, drawn = rollout(policy, conditioning, batch, rows, sigmas, window, config)

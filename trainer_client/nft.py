@@ -97,7 +97,7 @@ def train(
             batch = run.next_batch()
             pieces: list[Piece] = []
             for chunk in range(config.updates_per_step):
-                for rows in batch.pieces(config.sampling.batch_size, chunk):
+                for rows in batch.pieces(config.sampling.batch_size, chunk, config.sampling.smallest_batch):
                     conditioning = run.conditioning([batch.prompts[row] for row in rows])
                     with run.stage("sample"):
                         x0 = rollout(policy, conditioning, batch, rows, sigmas, config)

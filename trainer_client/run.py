@@ -18,11 +18,9 @@ neither the number of ranks nor a restart changes it.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -35,6 +33,7 @@ from trainer_client.checkpoint import Checkpoints, RunIdentity, package_versions
 from trainer_client.config import ConfigError, RewardsSection, RunConfig
 from trainer_client.distributed import derived_seed
 from trainer_client.ema import ema_update_, power_decay
+from trainer_client.guard import Guard
 from trainer_client.guard_metrics import TrainingMetrics
 from trainer_client.policies import Conditioning
 from trainer_client.policies.conditioning import PromptCache
@@ -42,19 +41,10 @@ from trainer_client.policies.weights import TRAINED
 from trainer_client.prompt_order import PromptOrder
 from trainer_client.prompts import Prompt, load_prompts
 from trainer_client.rewards import Rewards, served
-from trainer_client.run_batch import (
-    Advantages,
-    Batch,
-    compare,
-    draw_batch,
-    gathered,
-    own_rows,
-    reward_numbers,
-    thumbnails,
-    watch,
-)
+from trainer_client.run_batch import Advantages, Batch, draw_batch
 from trainer_client.run_evaluation import Evaluation
-from trainer_client.run_log import METRICS, RunLog
+from trainer_client.run_log import METRICS, RunLog, write_trace
+from trainer_client.run_scoring import RunFailed, Scoring, compare_rewards
 from trainer_client.run_setup import (
     EMA,
     build_guard,
@@ -63,6 +53,7 @@ from trainer_client.run_setup import (
     choose_weights,
     join_ranks,
     offered_models,
+    write_config,
 )
 from trainer_client.run_state import RunState
 from trainer_client.run_watch import Watch
@@ -72,10 +63,6 @@ MakeRewards = Callable[[RewardsSection, Sequence[str], Mapping[str, str]], Rewar
 """(settings, names of pointwise models, fingerprints by name) -> where the run gets its rewards."""
 _BAD_GRADIENTS = 3
 """Updates in a row without a finite gradient that end a run."""
-
-
-class RunFailed(RuntimeError):
-    """A run cannot go on; the message is one line."""
 
 
 class Run(Generic[Settings]):
@@ -100,7 +87,7 @@ class Run(Generic[Settings]):
         resume: bool = False,
         allow: Sequence[str] = (),
     ) -> None:
-        self.algorithm, self.config, self.out = algorithm, config, Path(out)
+        self.algorithm, self.config, self.out, self._resume = algorithm, config, Path(out), resume
         self._checkpoints = Checkpoints(self.out / "checkpoints", keep=config.checkpoints.keep)
         found = self._checkpoints.latest()
         log = self.out / METRICS  # empty where a run was refused after its log was opened
@@ -160,35 +147,52 @@ class Run(Generic[Settings]):
                 reason = self.counters["stopped"]
                 raise ConfigError(f"the guard stopped this run at step {self.step} (--allow stopped goes on): {reason}")
             self.counters["stopped"] = ""
-        self._closing = ExitStack()
+        with ExitStack() as closing:  # whatever fails below, the queues are closed
+            self._connect(closing, make_rewards, evaluated, watched, guard, kept=found)
+            self._closing = closing.pop_all()
+
+    def _connect(
+        self,
+        closing: ExitStack,
+        make_rewards: MakeRewards,
+        evaluated: Sequence[Prompt],
+        watched: Sequence[str],
+        guard: Guard | None,
+        *,
+        kept: int | None,
+    ) -> None:
+        """Rewards, evaluation and log, which ``closing`` closes; ``kept``: the step of the checkpoint to go on from."""
+        config, log = self.config, self.out / METRICS
+        trained, fingerprints = list(config.rewards.models), dict(self.identity.fingerprints)
         self.rewards = make_rewards(config.rewards, trained, fingerprints)
-        self._closing.callback(self.rewards.close)
+        closing.callback(self.rewards.close)
+        self._scoring = Scoring(self.rewards)
         evaluation: Evaluation | None = None
         if evaluated:
             asked = served(config.rewards, [*trained, *watched], fingerprints)
-            self._closing.callback(asked.close)
+            closing.callback(asked.close)
             evaluation = Evaluation(config, evaluated, self.policy, asked)
         sampling = config.sampling
         guided = self.policy.needs_negative(sampling.guidance_scale)
         self._encode = PromptCache(self.policy.encode_prompts, negative=sampling.negative if guided else None)
         self._numbers: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
-        self._submitted: list[tuple[list[int], Tensor]] = []
         self._watched: TrainingMetrics | None = None
-        distributed.on_main(self._write_config)
-        self.log = self._closing.enter_context(
+        distributed.on_main(lambda: write_config(self.out, config, self.identity, self.policy))
+        self.log = closing.enter_context(
             RunLog(
                 self.out,
                 total_steps=config.steps,
-                resume_step=found if found is not None else -1 if log.exists() or resume else None,
+                resume_step=kept if kept is not None else -1 if log.exists() or self._resume else None,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
                 progress=config.logging.progress,
-                name=f"{algorithm} {self.out.name}",
+                name=f"{self.algorithm} {self.out.name}",
             )
         )
         self._watch = Watch(config, self.policy, self.counters, self.log, evaluation, guard)
-        self.log.event(self.step, "start" if found is None else "resume", f"{algorithm}, {config.steps} steps in all")
+        told = f"{self.algorithm}, {config.steps} steps in all"
+        self.log.event(self.step, "start" if kept is None else "resume", told)
 
     def __enter__(self) -> Self:
         return self
@@ -197,7 +201,9 @@ class Run(Generic[Settings]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.log.event(self.step, "stop", f"{type(error).__name__}: {error}")
+            self.log.event(self.step, "failure", f"{type(error).__name__}: {error}")
+        if isinstance(error, Exception) and not isinstance(error, ConfigError):
+            error.add_note(f"the trace is in {write_trace(self.out, self.step, error)}")
         self._closing.__exit__(kind, error, trace)
 
     # The loop
@@ -221,7 +227,7 @@ class Run(Generic[Settings]):
             self._numbers, self._seconds, self.counters["score"] = {}, {}, None
             before, started = self.rewards.stats(), time.perf_counter()
             yield self.step
-            if self._submitted:
+            if self._scoring.pending:
                 raise RunFailed("rewards were submitted and not collected")
             self.report(**self._watch.observe(self._watched, self._numbers))
             self._seconds["step"] = time.perf_counter() - started
@@ -279,45 +285,21 @@ class Run(Generic[Settings]):
 
     def submit(self, images_B3HW: Tensor, batch: Batch, rows: Sequence[int]) -> None:
         """Start scoring the decoded images [b, 3, H, W] in [0, 1] of some rows of the batch."""
-        pixels = (images_B3HW.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-        self.rewards.submit(pixels, [batch.prompts[row] for row in rows], [int(batch.group_B[row]) for row in rows])
-        self._submitted.append((list(rows), thumbnails(pixels)))
+        self._scoring.submit(images_B3HW, batch, rows)
 
     def advantages(self, batch: Batch) -> Advantages:
         """Wait for the rewards of the whole batch, and compare each sample with its group, over all ranks.
 
         Raises RunFailed where not one image has a reward, RewardError where the services gave none within the patience.
         """
-        submitted, self._submitted = self._submitted, []
         with self.stage("reward_wait"):
-            error: Exception | None = None
-            try:
-                found = self.rewards.collect()
-            except Exception as caught:  # it is raised on every rank: one alone would leave the others waiting
-                error = caught
-            distributed.raise_together(error)
-        places = torch.tensor([row for rows, _ in submitted for row in rows]).argsort()
-        ordered = replace(
-            found,
-            scores={name: scores[places] for name, scores in found.scores.items()},
-            ok={name: ok[places] for name, ok in found.ok.items()},
-        )
-        everywhere = gathered(ordered)
-        group_N = distributed.gather_rows(batch.group_B)
-        thumbnails_N = distributed.gather_rows(torch.cat([small for _, small in submitted])[places])
-        weights = self.config.reward_weights
-        advantage_N, ok_N, total_N = compare(everywhere, weights, group_N, self.config.rewards)
-        reasons = distributed.gather_json(list(found.failures[:1]))
-        if not bool(ok_N.any()):
-            reason = next((each[0] for each in reasons if each), "none was given")
-            raise RunFailed(f"step {self.step}: not one image has a reward; the first reason: {reason}")
-        watched = watch(total_N, ok_N, group_N, thumbnails_N)
-        self.report(**reward_numbers(everywhere, total_N, ok_N, advantage_N, watched))
-        self._watched = watched
-        if found.failures:
-            self.log.event(self.step, "warning", f"{len(found.failures)} scores failed; the first: {found.failures[0]}")
-        own = [own_rows(values, len(batch)) for values in (advantage_N, ok_N, total_N)]
-        return Advantages(*own)
+            found = self._scoring.collect()
+        compared = compare_rewards(*found, batch, self.config)
+        self.report(**compared.numbers)
+        self._watched = compared.watched
+        if compared.failed:
+            self.log.event(self.step, "warning", f"{compared.failed} scores failed; the first: {compared.reason}")
+        return compared.advantages
 
     # Weights
 
@@ -352,35 +334,15 @@ class Run(Generic[Settings]):
         self.report(grad_norm=norm, lr=lr, updates=float(self.counters["updates"]))
 
     def save(self) -> None:
-        """Save a checkpoint of this step; the score by which the best one is kept is the first held-out reward's."""
-        lora = self.config.policy.weights == "lora"
-        exports: dict[str, Callable[[Path], object]] = {"lora": self._export} if lora else {}
+        """Save a checkpoint of this step; the score by which the best one is kept is the first held-out reward's.
+
+        With adapters in diffusers' format, or, at the end, with the whole network: both the averaged ones if there are.
+        """
+        name = EMA if self.config.ema.decay > 0 else TRAINED
+        exports: dict[str, Callable[[Path], object]] = {}
+        if self.config.policy.weights == "lora":
+            exports["lora"] = lambda folder: self.policy.save_lora(folder, name)
+        elif self.step == self.config.steps or self.counters["stopped"]:
+            exports[self.policy.network_name] = lambda folder: self.policy.save_network(folder, name)
         self._watch.remember()
         self._state.save(self._checkpoints, self.step, self.identity, score=self.counters["score"], exports=exports)
-
-    def _export(self, folder: Path) -> None:
-        """Adapters for users: the averaged ones where there are."""
-        name = EMA if self.config.ema.decay > 0 else TRAINED
-        self.policy.save_lora(folder, name)
-
-    def _write_config(self) -> None:
-        """What the run is, for readers and reports."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        identity = self.identity
-        text = json.dumps(
-            {
-                "algorithm": self.algorithm,
-                "configuration": self.config.model_dump(mode="json"),
-                "versions": dict(identity.versions),
-                "policy": {
-                    "class": identity.policy,
-                    "configuration": identity.policy_config,
-                    "base_weights": identity.base_weights,
-                    "family": self.policy.family,
-                    "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
-                },
-                "rewards": dict(identity.fingerprints),
-            },
-            indent=1,
-        )
-        (self.out / "config.json").write_text(text, encoding="utf-8")

@@ -42,11 +42,20 @@ class Batch:
         seed = distributed.derived_seed(self.seed, self.step, "group", int(self.group_B[row]))
         return torch.Generator().manual_seed(seed)
 
-    def pieces(self, size: int, chunk: int | None = None) -> Iterator[list[int]]:
-        """Rows of the batch (or of one chunk), at most ``size`` at a time."""
+    def pieces(self, size: int, chunk: int | None = None, smallest: int | None = None) -> Iterator[list[int]]:
+        """Rows of the batch (or of one chunk), at most ``size`` at a time.
+
+        With ``smallest`` the last ``size`` rows of the whole batch come in halves down to that number: the rewards of
+        the last images are what a step waits for.
+        """
         chosen = [row for row in range(len(self)) if chunk is None or int(self.chunk_B[row]) == chunk]
-        for start in range(0, len(chosen), size):
-            yield chosen[start : start + size]
+        last = not chosen or chosen[-1] == len(self) - 1
+        start = 0
+        while start < len(chosen):
+            left = len(chosen) - start
+            taken = min(size, left) if smallest is None or not last or left > size else halved(left, smallest)
+            yield chosen[start : start + taken]
+            start += taken
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,11 @@ def draw_batch(config: RunConfig, step: int, prompts: Sequence[Prompt], order: P
         torch.tensor([index % config.updates_per_step for index in own], dtype=torch.int64),
         distributed.sample_generators(config.seed, step, own),
     )
+
+
+def halved(left: int, smallest: int) -> int:
+    """How many of ``left`` images come next: half of them, or all where fewer than ``smallest`` would be left."""
+    return (left + 1) // 2 if left // 2 >= smallest else left
 
 
 def parts(rows_N: Tensor, size: int) -> Iterator[Tensor]:

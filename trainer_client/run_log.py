@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,8 @@ from trainer_client._run_progress import RunProgress
 from trainer_client._run_sinks import Sink, TensorBoardSink, WandbSink, tensorboard_is_installed
 from trainer_client.run_state import rewind_log
 
-EventKind: TypeAlias = Literal["start", "resume", "guard", "checkpoint", "stop", "finish", "warning"]
+EventKind: TypeAlias = Literal["start", "resume", "guard", "checkpoint", "stop", "failure", "finish", "warning"]
+"""``stop``: the guard ended the run; ``failure``: an error or an interruption did."""
 Number: TypeAlias = float | int | None
 """None, NaN and infinities are written as null."""
 Scores: TypeAlias = Tensor | Sequence[Sequence[Number]]
@@ -221,3 +223,15 @@ def _write_samples(folder: Path, about: Mapping[str, Any], pixels_PSHW3: npt.NDA
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)
+
+
+def write_trace(out: Path, step: int, error: Exception) -> Path:
+    """Add the error's trace to the run's failures; returns the file, which each rank has for itself."""
+    rank = distributed.rank()
+    file = out / (f"failures-rank{rank}.txt" if rank else "failures.txt")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(f"step {step}, {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+        stream.writelines(traceback.format_exception(error))
+        stream.write("\n")
+    return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from accelerate import PartialState  # type: ignore[import-untyped]
 
 from trainer_client import distributed
+from trainer_client.checkpoint import RunIdentity
 from trainer_client.client import RewardClient
 from trainer_client.config import ConfigError, PolicySection, RewardsSection, RunConfig
 from trainer_client.errors import ModelNotOffered, ServiceUnavailable
@@ -152,3 +154,25 @@ def build_guard(config: RunConfig, evaluated: Sequence[Prompt], kl_weight: float
 
 _REAL = ("alpha", "release", "heldout_fall", "agreement_fall", "group_std_fall", "diversity_fall", "drift_limit")
 """Limits that stay real numbers where they happen to be whole."""
+
+
+def write_config(out: Path, config: RunConfig, identity: RunIdentity, policy: Policy) -> None:
+    """Write what the run is into its folder, for readers and reports."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        {
+            "algorithm": identity.algorithm,
+            "configuration": config.model_dump(mode="json"),
+            "versions": dict(identity.versions),
+            "policy": {
+                "class": identity.policy,
+                "configuration": identity.policy_config,
+                "base_weights": identity.base_weights,
+                "family": policy.family,
+                "trained_parameters": sum(parameter.numel() for parameter in policy.weights.tensors()),
+            },
+            "rewards": dict(identity.fingerprints),
+        },
+        indent=1,
+    )
+    (out / "config.json").write_text(text, encoding="utf-8")

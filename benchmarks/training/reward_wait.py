@@ -64,7 +64,7 @@ def brightness(item: Item) -> list[float]:
     return [float(value) for value in images.float().flatten(1).mean(1) / 255]
 
 
-def configuration(url: str, steps: int, batch_size: int) -> FlowGRPOConfig:
+def configuration(url: str, steps: int, batch_size: int, smallest_batch: int | None) -> FlowGRPOConfig:
     """192 images a step, 10 denoising steps, a window of 3."""
     return parse_config(
         FlowGRPOConfig,
@@ -76,7 +76,7 @@ def configuration(url: str, steps: int, batch_size: int) -> FlowGRPOConfig:
             "train_batch_size": 64,
             "window": "fast",
             "policy": {"source": str(POLICY), "weights": "full", "max_sequence_length": 0},
-            "sampling": {"steps": 10, "batch_size": batch_size},
+            "sampling": {"steps": 10, "batch_size": batch_size, "smallest_batch": smallest_batch},
             "rewards": {"services": [url], "models": {"sleeping": 1.0}},
             "optimizer": {"lr": 1e-6},
             "checkpoints": {"every": steps},
@@ -91,7 +91,7 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows if row["kind"] == "train"]
 
 
-def measure(image_s: float, steps: int, batch_size: int) -> list[dict[str, float]]:
+def measure(image_s: float, steps: int, batch_size: int, smallest_batch: int | None) -> list[dict[str, float]]:
     """The training rows of a run that takes turns, the first of each kind left out."""
     settings = {
         "REWARD_PLUGINS": '["benchmarks.training.sleeping"]',
@@ -104,22 +104,24 @@ def measure(image_s: float, steps: int, batch_size: int) -> list[dict[str, float
             free = PointwiseRewards(LocalScores(brightness, "sleeping"), names)
             return TakingTurns(served(config, names, fingerprints), free)
 
-        out = train(configuration(server.url, steps + 2, batch_size), Path(folder) / "run", make_rewards=make)
+        config = configuration(server.url, steps + 2, batch_size, smallest_batch)
+        out = train(config, Path(folder) / "run", make_rewards=make)
         return rows_of(out)[2:]
 
 
 def main(
     steps: Annotated[int, typer.Option(help="steps of each kind")] = 12,
     batch_size: Annotated[int, typer.Option(help="images that are drawn, decoded and submitted together")] = 16,
+    smallest_batch: Annotated[int | None, typer.Option(help="the last batch is drawn in halves down to it")] = 4,
     reward_share: Annotated[float, typer.Option(help="the reward's time over that of sampling the images")] = 0.5,
     write: Annotated[bool, typer.Option(help="write benchmarks/results/reward_wait.md")] = False,
 ) -> None:
     """Print the ratio; exit 1 above the target."""
     torch.set_num_threads(1)
-    trial = measure(0.0, 4, batch_size)
+    trial = measure(0.0, 4, batch_size, smallest_batch)
     image_s = reward_share * statistics.median(row["time/sample"] for row in trial) / 192
     load = os.getloadavg()[0]
-    rows = measure(image_s, 2 * steps, batch_size)
+    rows = measure(image_s, 2 * steps, batch_size, smallest_batch)
     remote, free = rows[0::2], rows[1::2]
 
     def median(chosen: Sequence[Mapping[str, float]], name: str) -> float:
@@ -136,7 +138,7 @@ def main(
     asleep = f"The reward sleeps {image_s * 1e3:.1f} ms an image ({reward_share:.0%} of sampling it)"
     waited = f"{median(remote, 'time/reward_wait'):.3f} s of {median(remote, 'time/step'):.2f} s"
     lines = [
-        f"{asleep}, {batch_size} images at a time.",
+        f"{asleep}, {batch_size} images at a time, the last of them in halves down to {smallest_batch}.",
         f"Step with the remote reward over the step with a free one: {ratio:.3f} (target {TARGET}).",
         f"Medians of {steps} steps of each kind, which took turns in one run; load average before: {load:.1f}.",
         f"The trainer waited {waited}; {wire:.3f} s of processor time went into sending {sent / 1e6:.2f} MB.",

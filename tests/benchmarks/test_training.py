@@ -80,4 +80,4 @@ def test_steps_take_turns() -> None:
     finally:
         turns.close()
     assert found == [[1, 1], [2, 2], [1, 1], [2, 2]]
-    assert configuration("http://127.0.0.1:1", 3, 16).images_per_step == 192
+    assert configuration("http://127.0.0.1:1", 3, 16, 4).images_per_step == 192

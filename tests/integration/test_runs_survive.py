@@ -183,9 +183,9 @@ def run_command(settings: dict[str, Any], out: Path, *more: str) -> Result:
     return CliRunner(env={"COLUMNS": "1000"}).invoke(app, tiny_run.arguments(settings, out, *more))
 
 
-def said(result: Result) -> str:
-    """The one line of a run that stopped with 2."""
-    assert result.exit_code == 2, result.output
+def said(result: Result, code: int = 2) -> str:
+    """The one line of a run that stopped with 2, or with 1 after it had begun."""
+    assert result.exit_code == code, result.output
     [line] = [line for line in result.stderr.splitlines() if line.startswith("reward-trainer: ")]
     assert "Traceback" not in result.stderr
     return line
@@ -198,8 +198,11 @@ def test_patience_ends_and_the_run_goes_on_later(policy: Path, server: RewardSer
     settings["rewards"]["patience"] = 0.2
     healthy = server.default
     server.default = after(server, 2, server.problem(503, "draining"))
-    assert "503 draining: why draining" in said(run_command(settings, out))
-    assert tiny_run.events(out, "stop")[0].startswith("ServiceUnavailable: ")
+    line = said(run_command(settings, out), code=1)
+    assert "503 draining: why draining" in line
+    assert line.endswith(f"the trace is in {out / 'failures.txt'}")
+    assert "ServiceUnavailable" in (out / "failures.txt").read_text()
+    assert tiny_run.events(out, "failure")[0].startswith("ServiceUnavailable: ")
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
     server.default = healthy
     assert "holds a run already: go on with --resume" in said(run_command(settings, out))
@@ -217,7 +220,7 @@ def test_another_fingerprint_stops_a_run(policy: Path, server: RewardServer, tmp
         healthy(handler, received)
 
     server.default = after(server, 2, changed)
-    line = said(run_command(settings, out))
+    line = said(run_command(settings, out), code=1)
     assert "'mean' has fingerprint sha256:other, not sha256:feed as before" in line
     server.default = healthy
     line = said(run_command(settings, out, "--resume"))

@@ -281,6 +281,9 @@ def test_a_stopped_run_says_why(own: Path) -> None:
     with (own / "events.jsonl").open("a") as file:
         file.write(json.dumps({"step": 60, "time": "", "kind": "stop", "text": "stop: heldout/x: it fell"}) + "\n")
     assert state(read_run(own)) == ("stopped at step 60: stop: heldout/x: it fell", "bad")
+    with (own / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 61, "time": "", "kind": "failure", "text": "RewardError: away"}) + "\n")
+    assert state(read_run(own)) == ("broken off at step 61: RewardError: away", "bad")
 
 
 def test_damage_is_named(own: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor
 
@@ -37,11 +38,14 @@ def server() -> Iterator[RewardServer]:
 # -- the export -------------------------------------------------------------------------------------------------------
 
 
-def test_the_exported_adapters_are_the_averaged_policy(policy: Path, server: RewardServer, tmp_path: Path) -> None:
-    """Diffusers' own pipeline with the checkpoint's lora/ draws what the run's last evaluation drew."""
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_the_export_is_the_averaged_policy(weights: str, policy: Path, server: RewardServer, tmp_path: Path) -> None:
+    """Diffusers' own pipeline with the checkpoint's lora/ or transformer/ draws what the run's last evaluation drew."""
+    adapters = {"lora_rank": 2, "lora_alpha": 8} if weights == "lora" else {}
     config = tiny_run.config(
-        tmp_path, policy, server.url, steps=3, policy={"weights": "lora", "lora_rank": 2, "lora_alpha": 8},
-        optimizer={"lr": 200.0}, ema={"every": 1, "decay": 0.5},
+        tmp_path, policy, server.url, steps=3, policy={"weights": weights, **adapters},
+        optimizer={"lr": 200.0 if weights == "lora" else 5.0}, checkpoints={"every": 1},
+        ema={"every": 1, "decay": 0.5},
         evaluation={"prompts": str(tmp_path / "prompts.txt"), "count": 2, "seeds": 1},
     )  # fmt: skip
     out = train(config, tmp_path / "run")
@@ -66,7 +70,13 @@ def test_the_exported_adapters_are_the_averaged_policy(policy: Path, server: Rew
         return [torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 for pixels in files]
 
     before = drawn()
-    pipeline.load_lora_weights(tiny_run.checkpoint(out, 3) / "lora")
+    if weights == "lora":
+        pipeline.load_lora_weights(tiny_run.checkpoint(out, 3) / "lora")
+    else:
+        assert not (tiny_run.checkpoint(out, 2) / "transformer").exists(), (
+            "the whole network is written at the end only"
+        )
+        pipeline.transformer = SD3Transformer2DModel.from_pretrained(tiny_run.checkpoint(out, 3) / "transformer")
     after = drawn()
     for place in range(2):
         assert float((before[place] - logged(0)[place]).abs().max()) < 0.51 / 255
@@ -74,6 +84,17 @@ def test_the_exported_adapters_are_the_averaged_policy(policy: Path, server: Rew
         assert float((after[place] - before[place]).abs().max()) > 5 / 255, "training must have changed the images"
     averaged, trained = (tiny_run.tensors(out, 3, part) for part in ("ema", "weights"))
     assert any(not torch.equal(averaged[name], trained[name]) for name in trained)
+
+
+def test_a_run_that_cannot_begin_closes_its_queues(policy: Path, server: RewardServer, tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path, policy, server.url, steps=1)
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "events.jsonl").write_text("{}\n")  # of another run, which is seen after the queues are opened
+    before = {thread.name for thread in threading.enumerate()}
+    with pytest.raises(FileExistsError, match="holds the log of a run"):
+        make_run(config, out)
+    assert {thread.name for thread in threading.enumerate()} == before
 
 
 # -- updates ----------------------------------------------------------------------------------------------------------
@@ -136,7 +157,11 @@ def test_gradients_that_are_not_finite_are_left_out_and_end_a_run(
     assert run.counters["updates"] == 2
     assert run.counters["skipped"] == 4
     assert len(tiny_run.events(tmp_path / "run", "warning")) == 4
-    assert "RunFailed: step 5" in tiny_run.events(tmp_path / "run", "stop")[0]
+    assert "RunFailed: step 5" in tiny_run.events(tmp_path / "run", "failure")[0]
+    trace = (tmp_path / "run" / "failures.txt").read_text()
+    assert trace.startswith("step 5, ")
+    assert "in update_with_faults" in trace
+    assert "RunFailed: step 5: the gradient" in trace
 
 
 def test_the_learning_rate_warms_up(policy: Path, server: RewardServer, tmp_path: Path) -> None:

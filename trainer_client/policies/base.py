@@ -121,6 +121,17 @@ class Policy(ABC):
             },
         )
 
+    def save_network(self, directory: str | Path, name: str = TRAINED) -> None:
+        """Write the whole trained network, float32, as diffusers does: ``type(network).from_pretrained(directory)``
+        reads it, for a pipeline's part of the name ``network_name``.
+
+        Raises RuntimeError where adapters are trained, KeyError for an unknown name.
+        """
+        if not isinstance(self.weights, FullWeights):
+            raise RuntimeError("adapters are trained: save_lora() writes them")
+        with self.weights.use(name):
+            self.network.save_pretrained(directory, safe_serialization=True)
+
     def load_lora(self, directory: str | Path) -> TrainableWeights:
         """Adapters that :meth:`save_lora` or diffusers wrote become the trained weights.
 
