@@ -11,6 +11,8 @@ from models.shapes.judge_text import check_reasons
 from models.shapes_judge import ShapesJudge
 
 COUNT = 48
+LEAST = {"yes_no": 0.74, "text_first": 0.76, "think": 0.92}
+"""Of 96 answers; on 1200 they are right in 0.83, 0.86 and 0.98."""
 
 
 @pytest.fixture(scope="module", params=["yes_no", "text_first", "think"])
@@ -37,7 +39,7 @@ def test_it_agrees_with_the_oracle_in_both_orders(
     truth = [pair.first_is_better for pair in held_out_pairs(COUNT)]
     right = [(result.probability > 0.5) == better for result, better in zip(straight, truth, strict=True)]
     right += [(result.probability < 0.5) == better for result, better in zip(swapped, truth, strict=True)]
-    assert sum(right) / len(right) > 0.74, mode
+    assert sum(right) / len(right) > LEAST[mode], mode
     if mode != "think":
         assert all(result.outputs["mass"] > 0.9 for result in straight)
 
@@ -52,4 +54,4 @@ def test_reasons_are_given_and_true(judged: tuple[str, Sequence[Preference], Seq
         for result, pair in zip(straight, held_out_pairs(COUNT), strict=True)
     ]
     true = [statement for statements in said for statement in statements]
-    assert sum(true) / len(true) > 0.65
+    assert sum(true) / len(true) > 0.88
