@@ -29,15 +29,15 @@ from service.bradley_terry import (
 )
 from service.tournament import JudgedComparison, Pair, validate_pairs
 
-COMPARISONS_PER_BIT, GRADED_PER_BIT = 1.2, 1.0
+COMPARISONS_PER_BIT, GRADED_PER_BIT = 1.2, 0.95
 """The default budget is this times N log2 N: what sorting N candidates by comparisons takes, and a fifth for noise
 where answers are verdicts. A graded answer also says how far apart two candidates are."""
 VERDICT = 0.02
 """A probability that is nearer than this to 0 or 1 says who is better and no more."""
 FIRST_ROUND = 2
 """How often each candidate is shown first, and how often second, in the first round."""
-ROUND = 1.0
-"""Comparisons of a later round over N."""
+ROWS = 8
+"""Comparisons of a judge's forward, which is padded to them: budgets of as many candidates or more fill them."""
 GIVEN_UP_AFTER = 4
 """A candidate with so many failed comparisons and no answered one is not asked about again."""
 
@@ -48,7 +48,8 @@ def default_budget(count: int, *, graded: bool = False) -> int:
     ``graded`` answers need fewer than verdicts do.
     """
     per_bit = GRADED_PER_BIT if graded else COMPARISONS_PER_BIT
-    return min(count * (count - 1), math.ceil(per_bit * count * math.log2(max(count, 2))))
+    wanted = math.ceil(per_bit * count * math.log2(max(count, 2)))
+    return min(count * (count - 1), ROWS * round(wanted / ROWS) if count >= ROWS else wanted)
 
 
 def are_graded(judged: Sequence[JudgedComparison]) -> bool:
@@ -112,11 +113,11 @@ class Adaptive:
             return self.budget - len(judged)
         left = default_budget(self.count, graded=True) - len(judged)
         # What is less than half a round is not worth another one.
-        return left if left >= ROUND * self.count / 2 else 0
+        return left if 2 * left >= self.count else 0
 
     def _round(self, left: int) -> int:
-        """Rounds of about ROUND * N, all of nearly the same size, so that none is a small batch."""
-        return math.ceil(left / max(1, round(left / (ROUND * self.count))))
+        """N comparisons, or all that are left where fewer than half as many would be for the round after."""
+        return self.count if 2 * left >= 3 * self.count else left
 
 
 def _circulant(count: int, size: int, chooser: random.Random) -> list[Pair]:

@@ -261,7 +261,8 @@ class LocalChat:
             cache = self.new_cache() if seen is None else self.cache_of([seen])
             embeddings, visual, deeper = self.embed(turn, features, start, stop)
             place = turn.positions[None, :, start:stop]
-            self.forward(embeddings[None], place, cache, visual=(visual[None], deeper))
+            with only_at(self.model.model.language_model.layers[-1], None):
+                self.forward(embeddings[None], place, cache, visual=(visual[None], deeper))
             before = 0 if seen is None else seen.shape[3]
             layers = [torch.stack([layer.keys[0], layer.values[0]])[:, :, before:] for layer in cache.layers]
             kept = torch.stack(layers)
@@ -326,7 +327,7 @@ class LocalChat:
         # With a cut the blocks are in the cache already, and what follows them sees all of it.
         apart = not cut and any(turn.blocks for turn in turns)
         seen = torch.stack([visible(length, turn.blocks) for turn in turns]) if apart else None
-        with only_at(self.model.model.language_model.layers[-1].mlp, rows):
+        with only_at(self.model.model.language_model.layers[-1], rows):
             states = self.forward(
                 torch.stack(embeddings),
                 torch.stack(positions),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,18 +142,23 @@ def _deepstack(out: Any) -> Sequence[Any]:
 
 
 @contextmanager
-def only_at(mlp: Any, places: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """Within it, the last layer's MLP computes only what is read: one token of each row. It makes no keys or values."""
+def only_at(layer: Any, places: tuple[Tensor, Tensor] | None) -> Iterator[None]:
+    """Within it, the last layer computes only what is read beside its keys and values: the tokens (rows, columns) in
+    ``places``, or nothing at all."""
 
-    def select(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        shape.append(inputs[0].shape)
-        return (inputs[0][places],)
+    def select(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shapes[module] = inputs[0].shape
+        return (inputs[0][:0, 0] if places is None else inputs[0][places],)
 
-    def put_back(_: Any, __: Any, output: Tensor) -> Tensor:
-        whole = output.new_zeros(shape.pop())
-        whole[places] = output
+    def put_back(module: Any, _: Any, output: Tensor) -> Tensor:
+        whole = output.new_zeros(*shapes.pop(module)[:-1], output.shape[-1])
+        if places is not None:
+            whole[places] = output
         return whole
 
-    shape: list[torch.Size] = []
-    with mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back):
+    shapes: dict[Any, torch.Size] = {}
+    with ExitStack() as hooks:
+        for module in (layer.mlp, layer.self_attn.q_proj, layer.self_attn.o_proj):
+            hooks.enter_context(module.register_forward_pre_hook(select))
+            hooks.enter_context(module.register_forward_hook(put_back))
         yield
