@@ -96,11 +96,15 @@ def score_question(
     return Question(tuple(weights), "score", call, merge, _identities, _check_deadline(deadline))
 
 
-def gradient_question(items: Items, models: Models, deadline: float | None) -> Question[GradientResponse]:
+def gradient_question(
+    items: Items, models: Models, deadline: float | None, both_orders: bool
+) -> Question[GradientResponse]:
     built, weights = build_items(items), _weights(models)
     if any(item.images is None for item in built):
         raise ValueError("gradients are of images: every item needs images, not candidates")
-    body = _wire.encode(built, {"models": weights}, wire="safetensors", floats=True)
+    # Said only where it is not the default: a service that knows no orders takes the request too.
+    request = {"models": weights} if both_orders else {"models": weights, "both_orders": False}
+    body = _wire.encode(built, request, wire="safetensors", floats=True)
     tensors = body.tensors or {}
     shapes = [
         {name: tensors[name].shape for name in (f"item{i}.image{k}" for k in range(len(item)))}

@@ -92,9 +92,14 @@ class RewardClient(BaseClient):
             self._ask(lambda: compare_question(items, model, pairs, both_orders, explain, deadline, self._wire))
         )
 
-    def gradient(self, items: Items, models: Models, *, deadline: float | None = None) -> GradientResponse:
-        """Scores and d(total)/d(image) of images in [0, 1], sent as float32 unrounded, on either wire setting."""
-        return self._run(self._ask(lambda: gradient_question(items, models, deadline)))
+    def gradient(
+        self, items: Items, models: Models, *, both_orders: bool = True, deadline: float | None = None
+    ) -> GradientResponse:
+        """Scores and d(total)/d(image) of images in [0, 1], sent as float32 unrounded, on either wire setting.
+
+        ``both_orders``: a judge sees each image before its reference and after it, at twice the cost; else before it.
+        """
+        return self._run(self._ask(lambda: gradient_question(items, models, deadline, both_orders)))
 
     def models(self) -> list[ModelInfo]:
         """The reward models that the service knows, loaded or not; of several services: those loaded, each once."""
@@ -213,9 +218,11 @@ class AsyncRewardClient(BaseClient):
             self._ask(lambda: compare_question(items, model, pairs, both_orders, explain, deadline, self._wire))
         )
 
-    async def gradient(self, items: Items, models: Models, *, deadline: float | None = None) -> GradientResponse:
+    async def gradient(
+        self, items: Items, models: Models, *, both_orders: bool = True, deadline: float | None = None
+    ) -> GradientResponse:
         """See :meth:`RewardClient.gradient`."""
-        return await self._run(self._ask(lambda: gradient_question(items, models, deadline)))
+        return await self._run(self._ask(lambda: gradient_question(items, models, deadline, both_orders)))
 
     async def models(self) -> list[ModelInfo]:
         """See :meth:`RewardClient.models`."""

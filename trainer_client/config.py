@@ -55,7 +55,7 @@ class SamplingSection(Section):
         None,
         ge=1,
         description="draw the last batch of a rollout in halves down to this number of images, so that the step waits "
-        "for the rewards of few; null: as one",
+        "for the rewards of few; null: as one (refl draws train_batch_size at once)",
     )
 
 

@@ -146,6 +146,10 @@ def test_gradient_sends_floats_unrounded_and_gives_writable_arrays(server, image
     gradient += 1  # a trainer puts it into a tensor of its own: it must not be read-only memory
     assert response[1].gradients[0].shape == (3, 7, 5)
     assert response[0].total == pytest.approx([3 * floats.mean()])
+    assert "both_orders" not in received.request
+    with RewardClient(server.url) as client:
+        client.gradient(Item("x", images[:1]), "mean", both_orders=False)
+    assert server.received[-1].request["both_orders"] is False
 
 
 def test_models_and_ready(server):
