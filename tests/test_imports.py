@@ -17,7 +17,8 @@ HTTP = {
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ENVIRONMENT = {"environ", "getenv", "putenv", "environb"}
 READS_ENVIRONMENT = {
-    "service/settings.py", "service/remote_settings.py",
+    "service/settings.py",
+    "service/remote_settings.py",
     "service/engine/compile.py",  # torch takes the place of its compile cache from a variable
     "models/ocr.py",  # turns off what the wheel of onnxruntime reports to its maker; it reads a variable at import
     "service/runtime.py",  # OpenMP and MKL read theirs when torch is imported
