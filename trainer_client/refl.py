@@ -31,8 +31,9 @@ from trainer_client.policies import Conditioning
 from trainer_client.pretraining import Captioned, load_captioned, read_image, shuffled
 from trainer_client.remote_reward import RemoteTotals
 from trainer_client.rewards import RewardBatch, joined
-from trainer_client.run import Run, RunFailed
+from trainer_client.run import Run
 from trainer_client.run_batch import Batch, Means, gathered
+from trainer_client.run_scoring import RunFailed
 
 
 class PretrainingSection(Section):

@@ -31,8 +31,9 @@ from trainer_client.policies import Conditioning, DDPMPolicy, FlowPolicy, Policy
 from trainer_client.pretraining import load_captioned, read_image, shuffled
 from trainer_client.refl import ReFLConfig, differentiated, learn_pretraining, learn_rewards, train
 from trainer_client.remote_reward import RemoteTotals
-from trainer_client.run import Run, RunFailed
+from trainer_client.run import Run
 from trainer_client.run_batch import Batch
+from trainer_client.run_scoring import RunFailed
 
 STEPS, TARGET, SCALE = 4, 2.0, 1e-3
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

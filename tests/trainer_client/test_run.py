@@ -21,7 +21,8 @@ from trainer_client.distributed import derived_seed
 from trainer_client.ema import power_decay
 from trainer_client.flow_grpo import FlowGRPOConfig, train
 from trainer_client.policies import from_pretrained
-from trainer_client.run import Run, RunFailed
+from trainer_client.run import Run
+from trainer_client.run_scoring import RunFailed
 
 
 @pytest.fixture(scope="module")
