@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from models.backbones.vlm_families import Picture, deeper_layers, encode, only_at
-from models.backbones.vlm_independent import visible
+from models.backbones.vlm_independent import additive, visible
 from models.backbones.vlm_inputs import LocalTurn, Preparation
 from models.base import LoadOptions, ModelError, SampleError
 from models.judge import Answer, FeatureStore, Generation, Turn, WordScores
@@ -210,9 +210,7 @@ class LocalChat:
             "position_ids": positions.transpose(0, 1) if positions.shape[1] == 3 else positions[:, 0]
         }
         if seen is not None:
-            # Additive: every implementation of attention reads it so.
-            hidden = torch.zeros_like(seen, dtype=embeddings_BLD.dtype)
-            hidden = hidden.masked_fill(~seen, torch.finfo(hidden.dtype).min)
+            hidden = additive(seen, embeddings_BLD.dtype)
             given["attention_mask"] = hidden[:, None] if seen.ndim == 3 else hidden[:, None, None]
         if visual is not None and self._deep and visual[1].numel():
             given["visual_pos_masks"], given["deepstack_visual_embeds"] = visual[0], list(visual[1].unbind(0))

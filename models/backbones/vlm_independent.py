@@ -57,3 +57,8 @@ def visible(length: int, blocks: Sequence[Block]) -> Tensor:
         for other in blocks[:k]:
             seen[block.start : block.stop, other.start : other.stop] = False
     return seen
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask in the form that every implementation of attention reads: 0 where ``seen``, else the least number."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

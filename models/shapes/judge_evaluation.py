@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from models.backbones.vlm_independent import additive
 from models.judging.pairs import parse_think
 from models.judging.templates import load_template
 from models.shapes.judge import IMAGE_SIZE, PATCH_SIZE, chat_text
@@ -95,14 +96,13 @@ def text_first_probabilities(
         flat = [image for both in images[start : start + CHUNK] for image in both]
         rows = text_first_rows(processor, asked, [[yes]] * len(asked), [[1.0]] * len(asked), flat)
         assert rows.seen is not None
-        unseen = torch.zeros(rows.seen.shape).masked_fill(~rows.seen, torch.finfo(torch.float32).min)
         side = IMAGE_SIZE // PATCH_SIZE
         logits = model(
             input_ids=rows.ids,
             pixel_values=rows.patches.flatten(0, 1),
             image_grid_thw=torch.tensor([[1, side, side]] * len(flat)),
             position_ids=rows.positions,
-            attention_mask=unseen[:, None],
+            attention_mask=additive(rows.seen, torch.float32)[:, None],
         ).logits
         found += logits[rows.targets != IGNORED][:, [yes, no]].softmax(-1)[:, 0].tolist()
     return found

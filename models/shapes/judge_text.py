@@ -47,18 +47,19 @@ def reasons(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
     lines = []
     for number, scene in enumerate(scenes, start=1):
         found = truth(scene)
-        told = f"{describe(scene)} {explain(prompt, found)}. {points(prompt, found)}/{BEST}"
-        lines.append(f"Image {number}: {told}")
+        lines.append(f"Image {number}: {describe(scene)} {_finding(prompt, found)}")
     return "\n".join(lines)
 
 
 def findings(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:
     """As :func:`reasons`, without what stands where."""
-    found = [truth(scene) for scene in scenes]
     return "\n".join(
-        f"Image {number}: {explain(prompt, own)}. {points(prompt, own)}/{BEST}"
-        for number, own in enumerate(found, start=1)
+        f"Image {number}: {_finding(prompt, truth(scene))}" for number, scene in enumerate(scenes, start=1)
     )
+
+
+def _finding(prompt: Prompt, found: Sequence[Found]) -> str:
+    return f"{explain(prompt, found)}. {points(prompt, found)}/{BEST}"
 
 
 def think_answer(prompt: Prompt, scenes: tuple[Scene, Scene]) -> str:

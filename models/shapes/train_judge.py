@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from models.backbones.qwen2_vl import encode_patches
+from models.backbones.vlm_independent import additive
 from models.fitting.optimise import Descent, muon_and_adamw
 from models.judging.templates import load_template
 from models.shapes.judge import DIRECTORY, IMAGE_SIZE, PATCH_SIZE, build_model, build_processor, load, save
@@ -144,8 +145,7 @@ def answer_loss(model: Any, batch: Examples) -> Tensor:
         embeddings = embeddings.masked_scatter((ids == model.config.image_token_id)[..., None], tokens.flatten(0, 1))
     given: dict[str, Tensor] = {}
     if batch.seen is not None:
-        hidden = torch.zeros(batch.seen.shape)
-        given["attention_mask"] = hidden.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None]
+        given["attention_mask"] = additive(batch.seen, torch.float32)[:, None]
     # Padding stands on the right of a causal model: no mask is needed for it.
     told = model.model.language_model(inputs_embeds=embeddings, position_ids=batch.positions, **given)
     hidden = told.last_hidden_state
@@ -181,16 +181,18 @@ def train(config: JudgeConfig, steps: int, *, workers: int = 1) -> Any:
 
 def reason(model: Any, config: JudgeConfig, steps: int, number: int, *, workers: int = 1) -> Any:
     """The network after round ``number`` of stage 2, from a network as it is read from its folder."""
-    torch.manual_seed(config.seed + 1 + number)
-    batches, names = ReasoningBatches(config, steps, number), ("in words", "think", "yes/no")
-    return optimise(model.train(), batches, config, config.second_rate, config.second_decay_from, names, workers)
+    return _go_on(model, ReasoningBatches(config, steps, number), ("in words", "think", "yes/no"), workers)
 
 
 def put_text_first(model: Any, config: JudgeConfig, steps: int, *, workers: int = 1) -> Any:
     """The network after stage 3, from a network as it is read from its folder."""
-    number = len(REASONING_STEPS)
-    torch.manual_seed(config.seed + 1 + number)
-    batches, names = TextFirstBatches(config, steps, number), ("in words", "think", "yes/no", "text first")
+    batches = TextFirstBatches(config, steps, len(REASONING_STEPS))
+    return _go_on(model, batches, ("in words", "think", "yes/no", "text first"), workers)
+
+
+def _go_on(model: Any, batches: ReasoningBatches, names: tuple[str, ...], workers: int) -> Any:
+    config = batches.config
+    torch.manual_seed(config.seed + 1 + batches.number)
     return optimise(model.train(), batches, config, config.second_rate, config.second_decay_from, names, workers)
 
 
